@@ -1,0 +1,486 @@
+"""What the algorithm needs of Qwen2.5-VL: loading, one visual embedding, grouped rollout with attention readout,
+log-probabilities of a packed group, sharding, and the tiny built-in model.
+
+Two copies of the weights are at work. The *rollout model* is an ordinary Hugging Face model in the compute type
+(bf16 on a GPU, fp32 on a CPU): it embeds videos, decodes and is what a checkpoint holds. The *policy* is the trainable
+fp32 master copy of its language model, sharded over the processes; after each optimizer step the rollout model is
+refreshed from it. The vision tower is frozen, so one copy serves both.
+
+Letters in shapes: P prompt tokens, G responses of a prompt (a group), R response tokens, F visual time steps,
+V vocabulary entries, H hidden size, N prompts that decode together, B = N * G rows.
+"""
+import copy
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, Iterable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AutoConfig, AutoTokenizer, DynamicCache, GenerationConfig, Qwen2_5_VLConfig
+from transformers import AttentionInterface, PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils import cached_file
+
+
+class ModelError(ValueError):
+    """A model folder that cannot be used; the message is one line that names the thing and the mend."""
+
+
+# ------------------------------------------------------------------------------------------------- load and save
+
+def load_model(name: str, dtype: torch.dtype, device: torch.device):
+    """(model, tokenizer) of a Qwen2.5-VL folder or hub name; a model of another type or with holes is a ModelError."""
+    if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ModelError(f"{name}: no such folder; give a folder with config.json, tokenizer and weights, or a hub name")
+    try:
+        kind = AutoConfig.from_pretrained(name).model_type
+        if kind != "qwen2_5_vl":
+            raise OSError(f"it is of type {kind}, and APPO reads the attention of Qwen2.5-VL")
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model, loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            name, dtype=dtype, attn_implementation="grouped_decoding", output_loading_info=True)
+    except (OSError, ValueError, SafetensorError) as error:  # what transformers raises for absent or broken files
+        raise ModelError(f"{name}: no usable model ({str(error).splitlines()[0]}); give a hub name or a folder with the "
+                         "configuration, tokenizer and weights of a model of type qwen2_5_vl") from error
+    if holes := sorted(loaded["missing_keys"]):
+        raise ModelError(f"{name}: the weights lack {len(holes)} tensors, the first {holes[0]}; get the whole checkpoint")
+    return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def save_model(model, tokenizer, source: str | None, folder: Path) -> None:
+    """Write an ordinary Hugging Face folder; the image settings are those of the `source` model."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if source is None:
+        (Path(folder) / "preprocessor_config.json").write_text(json.dumps(TINY_IMAGES, indent=1))
+    elif settings := cached_file(source, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False):
+        shutil.copyfile(settings, Path(folder) / "preprocessor_config.json")
+
+
+def end_token_ids(model) -> Tensor:
+    """Ids that end a response, from the generation configuration (Qwen: <|im_end|> and <|endoftext|>)."""
+    ids = model.generation_config.eos_token_id
+    return torch.tensor(ids if isinstance(ids, list) else [ids], device=model.device)
+
+
+# ------------------------------------------------------------------------------- the prompt: positions and the video
+
+def mrope_positions(input_ids: Tensor, video_grids, image_grids, seconds_per_grid, config) -> tuple[Tensor, int]:
+    """Positions of a prompt in Qwen2.5-VL's three-dimensional rotary embedding (time, height, width).
+
+    Args: input_ids [P]; video_grids and image_grids, lists of (t, h, w) in patches, in the order of the prompt;
+        seconds_per_grid, seconds between two visual steps for each video; config, the model's configuration.
+    Returns: (positions [3, P], next_position): text counts on in all three rows; a visual token at step t, row y,
+        column x that starts at s has (s + floor(t * seconds * tokens_per_second), s + y, s + x), an image t = 0; the
+        text after it resumes at the largest position + 1, as the model was trained.
+    Raises: ValueError if the visual tokens of the prompt are not those of the grids.
+
+    Example: 2 text tokens, a video of grid (2, 2, 4) at 1.5 s a step (2 tokens a second), 1 text token:
+        time 0 1 | 2 2 5 5 | 6,  height 0 1 | 2 2 2 2 | 6,  width 0 1 | 2 3 2 3 | 6;  next_position 7.
+    """
+    merge = config.vision_config.spatial_merge_size
+    videos, images = iter(zip(video_grids, seconds_per_grid, strict=True)), iter(image_grids)
+    ids, spans, start, index = input_ids.tolist(), [], 0, 0
+    try:
+        while index < len(ids):
+            if ids[index] not in (config.video_token_id, config.image_token_id):
+                spans.append(torch.full((3, 1), start))
+                start, index = start + 1, index + 1
+                continue
+            (t, h, w), seconds = next(videos) if ids[index] == config.video_token_id else (next(images), 0.0)
+            time = (torch.arange(t, dtype=torch.float64) * seconds * config.vision_config.tokens_per_second).long()
+            grid = torch.meshgrid(time, torch.arange(h // merge), torch.arange(w // merge), indexing="ij")
+            span = start + torch.stack(grid).flatten(1)  # [3, t * h/2 * w/2]
+            if ids[index:index + span.shape[1]] != [ids[index]] * span.shape[1]:
+                raise StopIteration
+            spans.append(span)
+            start, index = int(span.max()) + 1, index + span.shape[1]
+        if next(videos, None) or next(images, None):
+            raise StopIteration
+    except StopIteration:
+        raise ValueError("the prompt's visual tokens are not those of its grids; build ids and grids together") from None
+    return torch.cat(spans, dim=1).to(input_ids.device), start
+
+
+@dataclass
+class EncodedPrompt:
+    """A prompt as the language model takes it: its video is embedded, once, for rollout and update."""
+    input_ids: Tensor  # [P]
+    positions: Tensor  # [3, P]
+    next_position: int  # the position of the first response token
+    visual_mask: Tensor  # bool [P]
+    visual_embeds: Tensor  # [visual tokens, H]
+    frame_of_token: Tensor  # [P], visual step of a video token, -1 elsewhere
+    num_steps: int  # F
+
+    def frame_pooling(self) -> Tensor:
+        """[P, F], column f averages over the visual tokens of step f."""
+        pooling = self.frame_of_token[:, None] == torch.arange(self.num_steps, device=self.frame_of_token.device)
+        return pooling / pooling.sum(0).clamp(min=1)
+
+
+@torch.no_grad()
+def encode_prompt(model, prompt, patches: Tensor | None = None) -> EncodedPrompt:
+    """Embed a prompt's video and image. `prompt` has input_ids [P], patches, video_grids, image_grids,
+    seconds_per_grid, frame_of_token [P] and num_steps; other `patches` of the same shape may stand in (masked video)."""
+    device, config = model.device, model.config
+    input_ids = prompt.input_ids.to(device)
+    positions, next_position = mrope_positions(prompt.input_ids, prompt.video_grids, prompt.image_grids,
+                                               prompt.seconds_per_grid, config)
+    grids = [*prompt.video_grids, *prompt.image_grids]
+    embeds = torch.empty(0, config.text_config.hidden_size, device=device, dtype=model.dtype)
+    if grids:
+        patches = (prompt.patches if patches is None else patches).to(device, model.dtype)
+        embeds = model.model.visual(patches, grid_thw=torch.tensor(grids, device=device)).pooler_output
+    visual = torch.isin(input_ids, torch.tensor([config.video_token_id, config.image_token_id], device=device))
+    return EncodedPrompt(input_ids, positions.to(device), next_position, visual, embeds,
+                         prompt.frame_of_token.to(device), prompt.num_steps)
+
+
+def prompt_embeds(language_model, prompt: EncodedPrompt) -> Tensor:
+    """[P, H]: word embeddings, with the visual embeddings in the prompt's own places."""
+    embeds = language_model.embed_tokens(prompt.input_ids)
+    return embeds.masked_scatter(prompt.visual_mask[:, None], prompt.visual_embeds.to(embeds.dtype))
+
+
+def sampling_logits(logits: Tensor, config, temperature: float) -> Tensor:
+    """fp32 logits of the distribution that tokens are sampled from, in rollout and update alike: divided by the
+    temperature, and -inf for the visual tokens, which a forward pass could not place. logits [..., V]."""
+    visual = [config.video_token_id, config.image_token_id, config.vision_start_token_id, config.vision_end_token_id]
+    return (logits.float() / temperature).index_fill(-1, torch.tensor(visual, device=logits.device), -torch.inf)
+
+
+# ------------------------------------------------------------------------------------------------- grouped rollout
+
+class GroupedCache:
+    """Keys and values while N groups of G responses decode together, and the attention over them.
+
+    A group's prompt is stored and read once, not once per response: the queries of its G rows stand side by side in one
+    matrix product with the prompt's keys. Prompts of different lengths are padded behind and masked; the responses
+    advance in step. Column t of the response cache belongs to the token that is fed at step t, and column 0 to the last
+    prompt token. In the last `attention_layers` layers a step adds its attention to the visual steps to
+    `frame_attention`; nothing of size heads x keys outlives a layer.
+    """
+
+    def __init__(self, prompts: list[EncodedPrompt], caches: list[DynamicCache], group_size: int, max_new_tokens: int,
+                 attention_layers: int):
+        n, device = len(prompts), prompts[0].input_ids.device
+        lengths = [len(prompt.input_ids) - 1 for prompt in prompts]  # the last token is the first decoding step's
+        num_layers, first = len(caches[0].layers), caches[0].layers[0].keys  # [1, kv_heads, P - 1, D]
+        heads, head_dim = first.shape[1], first.shape[3]
+        self.group_size, self.step = group_size, 0
+        self.first_read_layer, self.attention_layers = num_layers - attention_layers, attention_layers
+        self.prompt = first.new_zeros(num_layers, 2, n, heads, max(lengths), head_dim)
+        self.response = first.new_empty(num_layers, 2, n * group_size, heads, max_new_tokens, head_dim)
+        self.prompt_padding = torch.ones(n, 1, 1, max(lengths), dtype=torch.bool, device=device)
+        self.pooling = torch.zeros(n, max(lengths), max(p.num_steps for p in prompts), device=device)
+        for i, (prompt, cache, length) in enumerate(zip(prompts, caches, lengths)):
+            for layer, kept in enumerate(cache.layers):
+                self.prompt[layer, 0, i, :, :length], self.prompt[layer, 1, i, :, :length] = kept.keys[0], kept.values[0]
+            self.prompt_padding[i, ..., :length] = False
+            self.pooling[i, :length, :prompt.num_steps] = prompt.frame_pooling()[:length]
+        self.frame_attention = torch.zeros(n, group_size, self.pooling.shape[2], device=device)  # of this step
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """query [B, heads, 1, D], key and value [B, kv_heads, 1, D] of this step -> [B, 1, heads, D]."""
+        prompt_keys, prompt_values = self.prompt[layer]  # [N, kv_heads, P, D]
+        self.response[layer, 0, :, :, self.step], self.response[layer, 1, :, :, self.step] = key[:, :, 0], value[:, :, 0]
+        keys, values = self.response[layer, :, :, :, :self.step + 1]  # [B, kv_heads, t + 1, D]
+        (rows, heads, _, dim), (n, kv_heads, prompt_length, _) = query.shape, prompt_keys.shape
+        share = heads // kv_heads  # query heads that share a key head (grouped-query attention)
+
+        def by_group(x):  # [B, kv_heads, share, X] -> [N, kv_heads, G * share, X]
+            return x.reshape(n, -1, kv_heads, share, x.shape[-1]).transpose(1, 2).flatten(2, 3)
+
+        def by_row(x):  # and back
+            return x.view(n, kv_heads, -1, share, x.shape[-1]).transpose(1, 2).reshape(rows, kv_heads, share, -1)
+
+        query = query.reshape(rows, kv_heads, share, dim)
+        scores = torch.cat([
+            by_row((by_group(query) @ prompt_keys.mT).masked_fill(self.prompt_padding, -torch.inf)),
+            query @ keys.mT], dim=-1)  # [B, kv_heads, share, P + t + 1]
+        weights = (scores.float() * scaling).softmax(-1)
+        to_prompt, to_response = weights.split([prompt_length, self.step + 1], dim=-1)
+        if layer >= self.first_read_layer:
+            read = to_prompt.mean((1, 2)).view(n, self.group_size, prompt_length)  # mean over heads
+            self.frame_attention += read @ self.pooling / self.attention_layers  # [N, G, F]
+        output = by_row(by_group(to_prompt.to(value.dtype)) @ prompt_values) + to_response.to(value.dtype) @ values
+        return output.reshape(rows, 1, heads, dim)
+
+
+def grouped_decoding(module, query, key, value, attention_mask, scaling, cache: GroupedCache | None = None, **kwargs):
+    """transformers' attention interface: a decoding step attends through its GroupedCache, all else is plain SDPA."""
+    if cache is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    return cache.attend(module.layer_idx, query, key, value, scaling), None
+
+
+AttentionInterface.register("grouped_decoding", grouped_decoding)
+
+
+@dataclass
+class Rollout:
+    """G responses of one prompt."""
+    prompt: EncodedPrompt
+    response_ids: Tensor  # [G, R]
+    response_mask: Tensor  # bool [G, R], true up to and with the end token
+    log_probs: Tensor  # [G, R], while sampling
+    frame_attention: Tensor  # [G, R, F], of the step that generates the token; 0 if no layer is read
+
+
+@torch.no_grad()
+def rollout(model, prompts: list[EncodedPrompt], uniforms: Tensor, *, temperature: float = 1.0,
+            attention_layers: int = 3, choose: Callable | None = None) -> list[Rollout]:
+    """Sample G responses to each of N prompts, all N * G rows decoding together.
+
+    Args: uniforms float64 [N, G, max_new_tokens] in [0, 1), the only source of randomness: token t is the one at which
+        the cumulative distribution passes uniforms[..., t]; attention_layers, how many last layers are read;
+        choose(logits [B, V], response_ids [B, t]) -> ids [B] replaces the sampling (evaluation).
+    """
+    n, group_size, max_new_tokens = uniforms.shape
+    uniforms = uniforms.to(model.device).view(n * group_size, max_new_tokens)
+    text, ends = model.model.language_model, end_token_ids(model)
+    caches = [DynamicCache() for _ in prompts]
+    for prompt, cache in zip(prompts, caches):  # the prompt once per group, without its last token
+        text(inputs_embeds=prompt_embeds(text, prompt)[None, :-1], position_ids=prompt.positions[:, None, :-1],
+             attention_mask={"full_attention": None}, past_key_values=cache)
+    cache = GroupedCache(prompts, caches, group_size, max_new_tokens, attention_layers)
+    del caches
+    token = torch.stack([prompt.input_ids[-1] for prompt in prompts]).repeat_interleave(group_size)  # [B]
+    position = torch.stack([prompt.positions[:, -1] for prompt in prompts], 1).repeat_interleave(group_size, 1)  # [3, B]
+    start = torch.tensor([prompt.next_position for prompt in prompts], device=model.device).repeat_interleave(group_size)
+    ids, log_probs, attention = token.new_empty(len(token), max_new_tokens), [], []
+    lengths = torch.full_like(token, max_new_tokens)
+    for t in range(max_new_tokens):
+        hidden = text(inputs_embeds=text.embed_tokens(token)[:, None], position_ids=position[:, :, None], cache=cache,
+                      attention_mask={"full_attention": None}, use_cache=False).last_hidden_state[:, 0]
+        logits = sampling_logits(model.lm_head(hidden), model.config, temperature)  # [B, V]
+        if choose is None:
+            cumulative = logits.double().softmax(-1).cumsum(-1)
+            threshold = uniforms[:, t:t + 1] * cumulative[:, -1:]
+            token = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+        else:
+            token = choose(logits, ids[:, :t])
+        ids[:, t] = token
+        log_probs.append(logits.log_softmax(-1).gather(-1, token[:, None])[:, 0])
+        attention.append(cache.frame_attention.clone())
+        lengths = torch.where(torch.isin(token, ends) & (lengths == max_new_tokens), t + 1, lengths)
+        cache.step, position = t + 1, (start + t).expand(3, -1)
+        cache.frame_attention.zero_()
+        # asking the GPU whether every row has ended makes the host wait: ask now and then
+        if (model.device.type == "cpu" or t % 8 == 7) and bool((lengths <= t + 1).all()):
+            break
+    lengths, log_probs = lengths.view(n, group_size), torch.stack(log_probs, 1).view(n, group_size, -1)
+    ids, attention = ids.view(n, group_size, -1), torch.stack(attention, 2)  # [N, G, R, F]
+    rollouts = []
+    for i, prompt in enumerate(prompts):
+        length = int(lengths[i].max())
+        mask = torch.arange(length, device=model.device) < lengths[i][:, None]
+        rollouts.append(Rollout(prompt, ids[i, :, :length].where(mask, 0), mask, log_probs[i, :, :length] * mask,
+                                attention[i, :, :length, :prompt.num_steps] * mask[:, :, None]))
+    return rollouts
+
+
+# --------------------------------------------------------------------------------------- the policy: packed groups
+
+class Policy(nn.Module):
+    """The trainable language model, in fp32; its forward pass gives the log-probabilities of a group.
+
+    The group is one packed sequence, [prompt | response 1 | ... | response G]: every response sees the prompt and
+    itself and counts its positions on from the prompt, so prompt and video are computed once.
+    """
+
+    def __init__(self, model, temperature: float = 1.0):
+        super().__init__()
+        self.language_model, self.lm_head = copy.deepcopy((model.model.language_model, model.lm_head))
+        self.config, self.temperature = model.config, temperature
+        self.float().requires_grad_(True).train()
+
+    def forward(self, prompt: EncodedPrompt, response_ids: Tensor, response_mask: Tensor):
+        """response_ids [G, R] and response_mask bool [G, R] -> log_probs [G, R], entropy [G, R] (no gradient), both 0
+        in the padding, and the hidden states [G, R, H] whose head gives each token's distribution (no gradient)."""
+        row, column = response_mask.nonzero(as_tuple=True)  # [T] each: the real tokens, response after response
+        prompt_length, total = len(prompt.input_ids), len(row)
+        owner = torch.cat([row.new_full((prompt_length,), -1), row])  # -1: the prompt, else the response
+        order = torch.arange(prompt_length + total, device=row.device)
+        mask = (order <= order[:, None]) & ((owner == -1) | (owner == owner[:, None]))  # [query, key]
+        embeds = torch.cat([prompt_embeds(self.language_model, prompt),
+                            self.language_model.embed_tokens(response_ids[response_mask])])
+        positions = torch.cat([prompt.positions, (prompt.next_position + column).expand(3, -1)], dim=1)
+        hidden = self.language_model(inputs_embeds=embeds[None], position_ids=positions[:, None], use_cache=False,
+                                     attention_mask={"full_attention": mask[None, None]}).last_hidden_state[0]
+        # a token's distribution comes from the place before it; a first token's from the end of the prompt
+        source = torch.where(column == 0, prompt_length - 1, order[prompt_length:] - 1)
+        hidden, targets = hidden[source], response_ids[response_mask]  # [T, H], [T]
+        # checkpointed chunks: the logits [T, V] of a 3B model would be the largest tensor of the whole update
+        chunks = [checkpoint(self.head, h, y, use_reentrant=False) for h, y in zip(hidden.split(512), targets.split(512))]
+        log_probs, entropy = (torch.cat(parts) for parts in zip(*chunks))
+        empty = log_probs.new_zeros(response_mask.shape)
+        kept = hidden.new_zeros(*response_mask.shape, hidden.shape[-1])
+        kept[response_mask] = hidden.detach()
+        return empty.masked_scatter(response_mask, log_probs), empty.masked_scatter(response_mask, entropy), kept
+
+    def head(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden [T, H], targets [T] -> log-probability and entropy of the sampling distribution, [T] each."""
+        log_probs = sampling_logits(self.lm_head(hidden), self.config, self.temperature).log_softmax(-1)
+        with torch.no_grad():
+            entropy = torch.special.entr(log_probs.exp()).sum(-1)
+        return log_probs.gather(-1, targets[:, None])[:, 0], entropy
+
+
+@dataclass
+class HeadLogits:
+    """The logits [G, R, V] of a group as `logits[rows, tokens]`, computed for the tokens that are asked for alone."""
+    model: nn.Module  # the rollout model: its head is a plain copy of the policy's
+    hidden: Tensor  # [G, R, H]
+    temperature: float
+
+    def __getitem__(self, index) -> Tensor:
+        with torch.no_grad():
+            hidden = self.hidden[index].to(self.model.dtype)
+            return sampling_logits(self.model.lm_head(hidden), self.model.config, self.temperature)
+
+
+# --------------------------------------------------------------------------------------- processes and precision
+
+def init_processes() -> tuple[int, int, torch.device]:
+    """(rank, world size, device), under torchrun or alone; one process is a process group of one, so there is one path."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    if not dist.is_initialized():
+        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(backend, **alone)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def shard(policy: Policy, device: torch.device) -> Policy:
+    """FSDP2: parameters, gradients and optimizer states are split over the processes; bf16 compute on a GPU."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
+    for layer in policy.language_model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
+    return fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
+
+
+@torch.no_grad()
+def refresh(model, policy: Policy) -> None:
+    """Copy the policy's weights into the rollout model, in place."""
+    targets = nn.ModuleList([model.model.language_model, model.lm_head]).parameters()
+    for target, source in zip(targets, policy.parameters(), strict=True):
+        target.copy_(source.full_tensor() if isinstance(source, DTensor) else source)
+
+
+# ----------------------------------------------------------------------------------------- the tiny built-in model
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
+    "{% if part.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+TINY_IMAGES = {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 3136, "max_pixels": 3136, "patch_size": 14,
+               "temporal_patch_size": 2, "merge_size": 2, "image_mean": [0.48145466, 0.4578275, 0.40821073],
+               "image_std": [0.26862954, 0.26130258, 0.27577711]}
+
+
+def tiny_model(words: list[str], seed: int = 0):
+    """(model, tokenizer): a Qwen2.5-VL of 0.57M parameters with random weights, and a word-level tokenizer."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+               "<|video_pad|>", "<|unknown|>"]
+    ids = {word: i for i, word in enumerate(dict.fromkeys([*special, *words]))}
+    core = Tokenizer(models.WordLevel(ids, unk_token="<|unknown|>"))
+    core.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"</?\w+>|\w+|[^\w\s]"), "isolated")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                        unk_token="<|unknown|>", additional_special_tokens=special[1:7],
+                                        chat_template=CHAT_TEMPLATE)
+    config = Qwen2_5_VLConfig(
+        text_config=dict(vocab_size=len(ids), hidden_size=128, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, intermediate_size=256, initializer_range=0.06, rms_norm_eps=1e-6,
+                         max_position_embeddings=4096, tie_word_embeddings=True, bos_token_id=None,
+                         eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"],
+                         rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 6, 6])),
+        appo_built_in=True,  # its own settings go with it
+        vision_config=dict(depth=2, hidden_size=64, num_heads=2, intermediate_size=128, out_hidden_size=128,
+                           fullatt_block_indexes=[1], tokens_per_second=2),
+        tie_word_embeddings=True, **{f"{name}_token_id": ids[f"<|{token}|>"] for name, token in (
+            ("image", "image_pad"), ("video", "video_pad"), ("vision_start", "vision_start"), ("vision_end", "vision_end"))})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="grouped_decoding")
+    model.generation_config = GenerationConfig(eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]],
+                                               pad_token_id=ids["<|endoftext|>"])
+    return model.eval(), tokenizer
+
+
+def warm_up(model, lessons: list, good_enough: Callable[[nn.Module], bool], *, batch_size: int = 16,
+            align_steps: int = 100, max_steps: int = 300, seed: int = 0) -> None:
+    """Teach a tiny model the built-in task with supervision, until `good_enough(model)`, checked every 5 steps.
+
+    A lesson has a `prompt` (up to the end of its video), token_words [visual tokens, 2] (the two words that name what a
+    token shows, the padding id where it is empty), response_ids, response_mask and target_mask [questions, R]: the rest
+    of the prompts and the responses after it, and which of those tokens to learn. Two stages: the vision tower learns
+    to say what each token shows, without which nothing is learned; then, frozen, the language model learns to answer.
+    Raises ModelError if the model never is good enough.
+    """
+    order = torch.Generator().manual_seed(seed)
+    bar = tqdm(total=align_steps + max_steps, desc="warm-up")
+
+    def batch() -> list:
+        return [lessons[i] for i in torch.randperm(len(lessons), generator=order)[:batch_size]]
+
+    text, empty = model.model.language_model, model.generation_config.pad_token_id
+    parameters = [*model.model.visual.parameters(), *text.embed_tokens.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    for _ in range(align_steps):
+        part = batch()
+        grids = torch.tensor([grid for lesson in part for grid in lesson.prompt.video_grids])
+        embeds = model.model.visual(torch.cat([lesson.prompt.patches for lesson in part]), grid_thw=grids).pooler_output
+        words = torch.cat([lesson.token_words for lesson in part])  # [visual tokens, 2]
+        log_probs = (embeds @ text.embed_tokens.weight.mT).log_softmax(-1).gather(-1, words)
+        weight = torch.where(words == empty, 0.3, 1.0)  # three of four cells are empty
+        (-(log_probs * weight).sum() / weight.sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        bar.update()
+    model.requires_grad_(False)
+
+    encoded = {id(lesson): encode_prompt(model, lesson.prompt) for lesson in lessons}
+    policy = Policy(model)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    for step in range(max_steps):
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 20)
+        for lesson in batch():
+            log_probs = policy(encoded[id(lesson)], lesson.response_ids, lesson.response_mask)[0]
+            (-log_probs[lesson.target_mask].mean() / batch_size).backward()
+        nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        bar.update()
+        if step % 5 == 4:
+            refresh(model, policy)
+            if good_enough(model):
+                bar.close()
+                return
+    raise ModelError(f"the built-in model did not learn its task in {max_steps} steps; try another --seed")
