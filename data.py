@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Iterator, Optional
+from typing import Iterable, Iterator, Optional
 
 import decord
 import numpy as np
@@ -687,6 +687,42 @@ def build_prompt(sample: Sample, visual: Visual, tokenizer) -> Prompt:
     return Prompt(sample, torch.tensor(ids), visual.patches, visual.masked_patches, visual.video_grids,
                   visual.image_grids, visual.seconds_per_grid, torch.tensor(steps),
                   sum(t for t, _, _ in visual.video_grids))
+
+
+# ---------------------------------------------------------------- batches
+def read_ahead(reader: VideoReader, batches: Iterable[dict]) -> Iterator[dict[int, tuple[Sample, Future]]]:
+    """Batches {position: (sample, its Visual to come)}, each being decoded while the one before it is at work.
+
+    batches: dicts {position: (sample, mask_seed or None)}; the position is the caller's and names the sample's place.
+    """
+    ahead = None
+    for batch in batches:
+        coming = {position: (sample, reader.submit(sample, mask)) for position, (sample, mask) in batch.items()}
+        if ahead is not None:
+            yield ahead
+        ahead = coming
+    if ahead is not None:
+        yield ahead
+
+
+def build_prompts(batch: dict[int, tuple[Sample, Future]], tokenizer, max_tokens: int) -> tuple[dict[int, Prompt], list[dict]]:
+    """The prompts of a batch by position, and a record of every sample that is left out, with the reason: what cannot
+    be read (`unreadable`), and prompts of more than `max_tokens` tokens, which are never cut."""
+    prompts, skipped = {}, []
+    for position, (sample, visual) in batch.items():
+        try:
+            prompt, reason = build_prompt(sample, visual.result(), tokenizer), None
+            if len(prompt.input_ids) <= max_tokens:
+                prompts[position] = prompt
+            else:
+                reason = f"prompt of {len(prompt.input_ids)} tokens, over the limit of {max_tokens}"
+            unreadable = False
+        except VideoError as error:
+            reason, unreadable = str(error), True
+        if reason:
+            skipped.append(dict(position=position, id=sample.id, path=sample.video or sample.image, reason=reason,
+                                unreadable=unreadable))
+    return prompts, skipped
 
 
 # ---------------------------------------------------------------- rewards (linear time on any text)
