@@ -14,17 +14,21 @@ APPO is DAPO's token-level clipped policy gradient plus the steps 5 and 6. One t
     torchrun appo.py --model Qwen/Qwen2.5-VL-3B-Instruct --data train.json --video_root videos
 """
 import json
+import math
+import shutil
+import signal
 import sys
 import time
+from argparse import ArgumentDefaultsHelpFormatter
 from collections import Counter
-from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Callable, Iterator, Literal, Optional
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import transformers
 from torch import Tensor
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg, HfArgumentParser
@@ -91,6 +95,9 @@ class Settings:
     # what one sees
     eval_data: Optional[str] = HfArg(default=None, help="held-out annotation files, scored before and after")
     eval_every: int = HfArg(default=0, help="score the held-out samples every so many steps too")
+    save_every: int = HfArg(default=100, help="steps between checkpoints that a run can resume from; 0: none")
+    keep: int = HfArg(default=2, help="how many of them stay")
+    resume: bool = HfArg(default=False, help="go on from the newest checkpoint of --output")
     seed: int = HfArg(default=0, help="of data order, sampling and masks")
 
 
@@ -261,12 +268,12 @@ def overlong_penalty(lengths: Tensor, max_new_tokens: int, buffer: int) -> Tenso
 
 # ------------------------------------------------------------------------------------------------ one training step
 
-ORDER, ROLLOUT, MASK, HELD_OUT = range(4)  # what randomness is drawn for; with the seed and a position it names a draw
+ORDER, ROLLOUT, MASK, HELD_OUT = range(4)  # what a random draw is for: with the seed and a position it names the draw
 
 
 @dataclass
 class Group:
-    """A prompt, the responses to it, and what the update needs of them. G responses, R tokens, F visual steps."""
+    """A prompt, the G responses to it, and the constants of the loss from before the first update on the batch."""
     position: int  # in the endless stream of prompts: step * prompts_per_step + slot
     prompt: data.Prompt
     rollout: Rollout
@@ -275,44 +282,45 @@ class Group:
     advantages: Tensor  # [G]
     crucial: Tensor  # bool [F]
     masked_prompt: EncodedPrompt | None = None  # PAPO: the prompt with a masked video
-    # constants of the loss, from before the first optimizer step on the batch
-    old_log_probs: Tensor | None = None  # [G, R]
+    old_log_probs: Tensor | None = None  # [G, R], as the three below
     token_weights: Tensor | None = None
     ref_log_probs: Tensor | None = None
     masked_log_probs: Tensor | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    updates: list[dict[str, float]] = field(default_factory=list)  # metrics of each pass of the update
 
 
-def weigh_tokens(group: Group, logits: HeadLogits, settings: Settings) -> Tensor | None:
-    """The token weights of APPO. A study of other weightings hands its own function to `train`."""
-    if settings.alpha == 0:
+def weigh_tokens(group: Group, logits: HeadLogits, s: Settings) -> Tensor | None:
+    """The token weights of APPO [G, R]; None: none. A study of other weightings hands its own function to `train`."""
+    if s.alpha == 0:
         return None
     return perception_token_weights(group.rollout.frame_attention, logits, group.rollout.response_mask, group.crucial,
-                                    k3=settings.k3, alpha=settings.alpha)
+                                    k3=s.k3, alpha=s.alpha)
 
 
 @dataclass
 class Run:
-    """What stays the same from step to step."""
+    """What lasts from step to step."""
     settings: Settings
     model: torch.nn.Module  # the rollout model
     tokenizer: object
     policy: Policy
-    reference: Policy | None
+    reference: Policy | None  # the frozen start model
     optimizer: torch.optim.Optimizer
     rank: int
     world: int
-    weigh: Callable
-
-    def __post_init__(self):
-        self.seconds, self.last = Counter(), time.perf_counter()
+    weigh: Callable = weigh_tokens
+    position: int = 0  # prompts drawn so far, over all processes
+    stop: bool = False  # asked to stop by a signal
+    seconds: Counter = field(default_factory=Counter)
+    last: float = 0.0
 
     def lap(self, phase: str) -> None:
         """Book the time since the last call on a phase."""
         if self.model.device.type == "cuda":
             torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds[phase] += now - self.last
-        self.last = now
+        self.last, before = time.perf_counter(), self.last
+        self.seconds[phase] += self.last - before
 
     def gather(self, thing) -> list:
         """The thing of every process, in the order of the ranks."""
@@ -321,43 +329,19 @@ class Run:
         return things
 
 
-def draw_batches(run: Run, samples: list, reader: data.VideoReader, position: int) -> Iterator[dict[int, tuple]]:
-    """Endless batches {position: (sample, its video to come)}, this process's share of each. The data are read in a new
-    order every epoch, a batch may straddle two, and the next batch is being decoded while one is at work."""
-    s, orders = run.settings, {}
-
-    def request(start: int) -> dict[int, tuple[data.Sample, Future]]:
-        batch = {}
-        for place in range(start + run.rank, start + s.prompts_per_step, run.world):
-            epoch, index = divmod(place, len(samples))
-            if epoch not in orders:
-                orders[epoch] = np.random.default_rng((s.seed, ORDER, epoch)).permutation(len(samples))
-            sample = samples[orders[epoch][index]]
-            batch[place] = sample, reader.submit(sample, (s.seed, MASK, place) if s.gamma else None)
-        return batch
-
-    upcoming = request(position)
+def prompt_stream(run: Run, samples: list[data.Sample]) -> Iterator[dict]:
+    """Endless batches {position: (sample, seed of its mask)}, this process's share of each. The samples come in a new
+    order every epoch, and a batch may straddle two."""
+    s, position, epoch = run.settings, run.position, -1
     while True:
-        current, position = upcoming, position + s.prompts_per_step
-        upcoming = request(position)
-        yield current
-
-
-def read_prompts(batch: dict, tokenizer, max_prompt_tokens: int) -> tuple[dict[int, data.Prompt], list[dict]]:
-    """1. The prompts of a batch, and a record of every sample that is left out, with the reason."""
-    prompts, skipped = {}, []
-    for position, (sample, future) in batch.items():
-        try:
-            prompt = data.build_prompt(sample, future.result(), tokenizer)
-            if len(prompt.input_ids) <= max_prompt_tokens:
-                prompts[position] = prompt
-                continue
-            reason, unreadable = f"prompt of {len(prompt.input_ids)} tokens, over --max_prompt_tokens", False
-        except data.VideoError as error:
-            reason, unreadable = str(error), True
-        skipped.append({"position": position, "id": sample.id, "video": sample.video, "reason": reason,
-                        "unreadable": unreadable})
-    return prompts, skipped
+        batch = {}
+        for place in range(position + run.rank, position + s.prompts_per_step, run.world):
+            if place // len(samples) != epoch:
+                epoch = place // len(samples)
+                order = np.random.default_rng((s.seed, ORDER, epoch)).permutation(len(samples))
+            batch[place] = samples[order[place % len(samples)]], (s.seed, MASK, place) if s.gamma else None
+        yield batch
+        position += s.prompts_per_step
 
 
 def roll_out(run: Run, prompts: dict[int, data.Prompt]) -> list[Group]:
@@ -365,10 +349,10 @@ def roll_out(run: Run, prompts: dict[int, data.Prompt]) -> list[Group]:
     s, groups, positions = run.settings, [], list(prompts)
     for first in range(0, len(positions), s.rollout_groups):
         part = positions[first:first + s.rollout_groups]
-        encoded = [model_utils.encode_prompt(run.model, prompts[p]) for p in part]
+        encoded = [model_utils.encode_prompt(run.model, prompts[position]) for position in part]
         run.lap("embed")
-        uniforms = np.stack([np.random.default_rng((s.seed, ROLLOUT, p)).random((s.group_size, s.max_new_tokens))
-                             for p in part])
+        uniforms = np.stack([np.random.default_rng((s.seed, ROLLOUT, position)).random((s.group_size, s.max_new_tokens))
+                             for position in part])
         rollouts = model_utils.rollout(run.model, encoded, torch.from_numpy(uniforms), temperature=s.temperature,
                                        attention_layers=s.attention_layers if s.alpha else 0)
         run.lap("rollout")
@@ -376,46 +360,46 @@ def roll_out(run: Run, prompts: dict[int, data.Prompt]) -> list[Group]:
             prompt, mask = prompts[position], rollout.response_mask
             texts = [run.tokenizer.decode(ids[real], skip_special_tokens=True)
                      for ids, real in zip(rollout.response_ids, mask)]
-            scores = [data.task_reward(text, prompt.sample) for text in texts]
-            scores = dict(zip(("reward", "accuracy", "format"), torch.tensor(scores, device=mask.device).T))
-            penalty = overlong_penalty(mask.sum(1), s.max_new_tokens, s.overlong_buffer)
+            scores = torch.tensor([data.task_reward(text, prompt.sample) for text in texts], device=mask.device)  # [G, 3]
+            scores = dict(zip(("reward", "accuracy", "format"), scores.T))
+            scores["reward"] = scores["reward"] + overlong_penalty(mask.sum(1), s.max_new_tokens, s.overlong_buffer)
             crucial = torch.zeros(prompt.num_steps, dtype=torch.bool, device=mask.device)
             if s.alpha:
                 crucial = crucial_frames(rollout.frame_attention, mask, scores["accuracy"], k1=s.k1, k2=s.k2,
                                          threshold=s.threshold, strategy=s.strategy)
-            masked = model_utils.encode_prompt(run.model, prompt, prompt.masked_patches) if s.gamma else None
-            scores["reward"] = scores["reward"] + penalty
-            groups.append(Group(position, prompt, rollout, texts, scores, group_advantages(scores["reward"]), crucial,
-                                masked))
+            group = Group(position, prompt, rollout, texts, scores, group_advantages(scores["reward"]), crucial)
+            if s.gamma:
+                group.masked_prompt = model_utils.encode_prompt(run.model, prompt, prompt.masked_patches)
+            ended = torch.isin(rollout.response_ids, model_utils.end_token_ids(run.model)) & mask
+            group.metrics = {name: score.mean().item() for name, score in scores.items()} | {
+                "response_length": mask.sum(1).float().mean().item(), "truncated": 1 - ended.any(1).float().mean().item(),
+                "zero_variance_groups": float((scores["reward"] == scores["reward"][0]).all()),
+                "crucial_frames": crucial.sum().item()}
+            groups.append(group)
         run.lap("score")
     return groups
 
 
-def update(run: Run, groups: dict[int, Group], roster: list[tuple[int, int]]) -> tuple[dict[int, dict], list[float]]:
-    """6. and 7. Weigh the tokens, then one or several optimizer steps on the batch.
+def update(run: Run, groups: dict[int, Group], roster: list[tuple[int, int]]) -> list[float]:
+    """6. and 7. Weigh the tokens, then one or several optimizer steps on the batch; returns the gradient norms.
 
-    roster: (position, rank) of every group of the batch, in order. All processes make the same number of passes, some
-    perhaps with a dummy of weight 0, because every pass of a sharded model is a collective call.
-    Returns: statistics of this process's groups by position, and the gradient norms of the optimizer steps.
+    groups: this process's, by position; roster: (position, rank) of every group of the batch, in order. All processes
+    make the same number of passes, some perhaps with a dummy of weight 0: a pass of a sharded model is a collective call.
     """
-    s, device = run.settings, run.model.device
-    end = model_utils.end_token_ids(run.model)[:1]
-    dummy = (EncodedPrompt(end, torch.zeros(3, 1, dtype=torch.long, device=device), 1, end < 0,
-                           torch.empty(0, run.model.config.text_config.hidden_size, device=device), end - end - 1, 0),
-             end[None], torch.ones(1, 1, dtype=torch.bool, device=device))
-    stats, norms = {}, []
+    s, norms = run.settings, []
 
     def passes(part: list[tuple[int, int]], masked: bool = False):
+        """(group, log_probs, entropy, hidden) of this process's groups, then (None, ...) for its dummies."""
         mine = [groups[position] for position, rank in part if rank == run.rank]
         for group in mine:
-            rollout = group.rollout
-            prompt = group.masked_prompt if masked else rollout.prompt
-            yield group, *run.policy(prompt, rollout.response_ids, rollout.response_mask)
-        for _ in range(max(Counter(rank for _, rank in part).values(), default=0) - len(mine)):
-            yield None, *run.policy(*dummy)
+            prompt = group.masked_prompt if masked else group.rollout.prompt
+            yield group, *run.policy(prompt, group.rollout.response_ids, group.rollout.response_mask)
+        for _ in range(max(Counter(rank for _, rank in part).values()) - len(mine)):
+            yield None, *run.policy(*model_utils.dummy_group(run.model))
 
     @torch.no_grad()
     def record(group: Group, log_probs: Tensor, entropy: Tensor, hidden: Tensor) -> None:
+        """6. The constants of the loss, and what is logged with them."""
         mask = group.rollout.response_mask
         group.old_log_probs = log_probs.detach()
         run.lap("update")
@@ -424,102 +408,97 @@ def update(run: Run, groups: dict[int, Group], roster: list[tuple[int, int]]) ->
         if run.reference is not None:
             group.ref_log_probs = run.reference(group.rollout.prompt, group.rollout.response_ids, mask)[0]
         weights = torch.ones_like(log_probs) if group.token_weights is None else group.token_weights
-        stats[group.position] = {
-            "entropy": group_mean(entropy, mask, "tokens").item(),
+        group.metrics |= {
+            "entropy": group_mean(entropy, mask, "tokens").item(), "token_weight_max": weights.max().item(),
             "token_weight_mean": group_mean(weights, mask, "tokens").item(),
-            "token_weight_max": weights.max().item(),
-            "rollout_logprob_gap": (log_probs - group.rollout.log_probs).abs().max().item(), "passes": []}
+            "rollout_logprob_gap": (log_probs - group.rollout.log_probs).abs().max().item()}
 
     size = s.minibatch_prompts or s.prompts_per_step
     minibatches = [roster[i:i + size] for i in range(0, len(roster), size)]
     with torch.no_grad():
-        if s.gamma:
-            for group, log_probs, _, _ in passes(roster, masked=True):
-                if group is not None:
-                    group.masked_log_probs = log_probs
-        if len(minibatches) > 1:  # else the first pass below records: the policy has not changed yet
-            for group, *outputs in passes(roster):
-                if group is not None:
-                    record(group, *outputs)
-    for _ in range(s.updates_per_batch):
-        for part in minibatches:
-            for group, log_probs, *outputs in passes(part):
-                if group is None:
-                    (log_probs.sum() * 0).backward()
-                    continue
-                if group.old_log_probs is None:
-                    record(group, log_probs, *outputs)
-                mask = group.rollout.response_mask
-                loss, metrics = clipped_surrogate_loss(
-                    log_probs, group.old_log_probs, group.advantages, mask, token_weights=group.token_weights,
-                    clip_low=s.clip_low, clip_high=s.clip_high, ref_log_probs=group.ref_log_probs, kl_coef=s.kl_coef,
-                    average=s.average)
-                if group.masked_log_probs is not None:
-                    perception, more = perception_loss(log_probs, group.masked_log_probs, mask, gamma=s.gamma, eta=s.eta,
-                                                       masked_eta=s.eta, average=s.average)
-                    loss, metrics = loss + perception, metrics | more
-                (loss * run.world / len(part)).backward()  # FSDP averages over the processes; we want the groups' mean
-                stats[group.position]["passes"].append({k: v.item() for k, v in {"loss": loss, **metrics}.items()})
-            norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), s.max_grad_norm).full_tensor().item()
-            norms.append(norm)
-            if np.isfinite(norm):  # the norm is global, so all processes decide alike
-                run.optimizer.step()
-            run.optimizer.zero_grad()
+        for group, log_probs, *_ in passes(roster, masked=True) if s.gamma else ():
+            if group is not None:
+                group.masked_log_probs = log_probs
+        # with one minibatch, the first pass of the update records: the policy has not changed before it
+        for group, *outputs in passes(roster) if len(minibatches) > 1 else ():
+            if group is not None:
+                record(group, *outputs)
+    for part in minibatches * s.updates_per_batch:
+        for group, log_probs, *outputs in passes(part):
+            if group is None:
+                (log_probs.sum() * 0).backward()
+                continue
+            if group.old_log_probs is None:
+                record(group, log_probs, *outputs)
+            loss, metrics = clipped_surrogate_loss(
+                log_probs, group.old_log_probs, group.advantages, group.rollout.response_mask, average=s.average,
+                token_weights=group.token_weights, clip_low=s.clip_low, clip_high=s.clip_high,
+                ref_log_probs=group.ref_log_probs, kl_coef=s.kl_coef)
+            if s.gamma:
+                perception, more = perception_loss(log_probs, group.masked_log_probs, group.rollout.response_mask,
+                                                   gamma=s.gamma, eta=s.eta, masked_eta=s.eta, average=s.average)
+                loss, metrics = loss + perception, metrics | more
+            (loss * run.world / len(part)).backward()  # FSDP averages over the processes; we want the mean of the groups
+            group.updates.append({name: value.item() for name, value in {"loss": loss, **metrics}.items()})
+        norms.append(torch.nn.utils.clip_grad_norm_(run.policy.parameters(), s.max_grad_norm).full_tensor().item())
+        if math.isfinite(norms[-1]):  # the norm is over all processes, so they decide alike
+            run.optimizer.step()
+        run.optimizer.zero_grad()
     model_utils.refresh(run.model, run.policy)
     run.lap("update")
-    return stats, norms
+    return norms
 
 
-def training_step(run: Run, draws: Iterator, step: int) -> tuple[dict, list[dict], list[Group]]:
-    """One training step: (metrics over the whole batch, skipped samples, this process's groups)."""
-    s, groups, skipped, started = run.settings, {}, [], time.perf_counter()
+def training_step(run: Run, draws: Iterator[dict], step: int) -> tuple[dict, list[dict], list[Group]]:
+    """One training step: (metrics of the whole batch, records of what was skipped, this process's groups)."""
+    s, groups, skipped = run.settings, {}, []
     run.seconds.clear()
-    for draw in range(1 + s.max_resamples * s.dynamic_sampling):
-        prompts, left_out = read_prompts(next(draws), run.tokenizer, s.max_prompt_tokens)
+    started = run.last = time.perf_counter()
+    for _ in range(1 + s.max_resamples * s.dynamic_sampling):
+        prompts, left_out = data.build_prompts(next(draws), run.tokenizer, s.max_prompt_tokens)
+        run.position += s.prompts_per_step
         run.lap("wait")
-        fresh = roll_out(run, prompts)
-        if s.dynamic_sampling:
-            fresh = [group for group in fresh if group.scores["accuracy"].unique().numel() > 1]
-        groups |= {group.position: group for group in fresh}
-        gathered = run.gather((sorted(groups), left_out))
-        skipped += [record for _, records in gathered for record in records]
-        roster = sorted((position, rank) for rank, (positions, _) in enumerate(gathered) for position in positions)
+        groups |= {group.position: group for group in roll_out(run, prompts) if not s.dynamic_sampling
+                   or (group.scores["accuracy"] != group.scores["accuracy"][0]).any()}
+        gathered = run.gather((list(groups), left_out, run.stop))
+        skipped += [record for _, records, _ in gathered for record in records]
+        run.stop = any(stop for _, _, stop in gathered)  # the processes agree
+        roster = sorted((position, rank) for rank, (positions, _, _) in enumerate(gathered) for position in positions)
         if len(roster) >= s.prompts_per_step:
             break
     roster = roster[:s.prompts_per_step]
-    for group in run.optimizer.param_groups:
-        group["lr"] = s.learning_rate * min(1, (step + 1) / max(s.warmup_steps, 1))
-    stats, norms = update(run, groups, roster) if roster else ({}, [])
+    for parameters in run.optimizer.param_groups:
+        parameters["lr"] = s.learning_rate * min(1, (step + 1) / max(s.warmup_steps, 1))
+    norms = update(run, groups, roster) if roster else []
 
-    for position, own in stats.items():
-        group, mask = groups[position], groups[position].rollout.response_mask
-        ended = torch.isin(group.rollout.response_ids, model_utils.end_token_ids(run.model)) & mask
-        own |= {name: score.mean().item() for name, score in group.scores.items()}
-        own |= {name: float(np.mean([one[name] for one in own["passes"]])) for name in own["passes"][0]}
-        own |= {"response_length": mask.sum(1).float().mean().item(), "tokens": mask.sum().item(),
-                "truncated": 1 - ended.any(1).float().mean().item(),
-                "zero_variance_groups": float(group.scores["reward"].unique().numel() == 1),
-                "crucial_frames": group.crucial.sum().item()}
-    everyone = [own for _, own in sorted((p, own) for part in run.gather(stats) for p, own in part.items())]
-    metrics = {name: float(np.mean([own[name] for own in everyone])) for name in (everyone or [{}])[0] if name != "passes"}
-    for name in ("token_weight_max", "rollout_logprob_gap"):
-        metrics[name] = max((own[name] for own in everyone), default=0.0)
+    mine = {position: groups[position] for position, rank in roster if rank == run.rank}
+    for group in mine.values():
+        group.metrics |= {name: float(np.mean([one[name] for one in group.updates])) for name in group.updates[0]}
+    everyone = {position: metrics for part in run.gather({p: g.metrics for p, g in mine.items()})
+                for position, metrics in part.items()}
+    # in the order of the stream, so that the figures are the same for any number of processes
+    table = {name: [everyone[position][name] for position, _ in roster] for name in next(iter(everyone.values()), {})}
+    metrics = {name: max(values) if name in ("token_weight_max", "rollout_logprob_gap") else float(np.mean(values))
+               for name, values in table.items()}
     elapsed = time.perf_counter() - started
-    metrics |= {"grad_norm": float(np.mean(norms)) if norms else 0.0,
-                "samples_per_second": len(everyone) / elapsed, "tokens_per_second": metrics.pop("tokens", 0) * len(everyone) / elapsed,
-                "seconds": {phase: round(value, 4) for phase, value in run.seconds.items()}, "skipped": len(skipped)}
-    return {"step": step + 1} | metrics, skipped, [groups[p] for p, rank in roster if rank == run.rank]
+    metrics |= {"grad_norm": float(np.mean(norms or [0.0])), "samples_per_second": len(roster) / elapsed,
+                "tokens_per_second": sum(table.get("response_length", ())) * s.group_size / elapsed,
+                "seconds": {phase: round(seconds, 4) for phase, seconds in run.seconds.items()}, "groups": len(roster),
+                "skipped": len(skipped)}
+    return {"step": step + 1} | metrics, skipped, list(mine.values())
 
 
-def score_prompts(model, tokenizer, prompts: list[data.Prompt], indices: list[int], s: Settings) -> list[dict]:
+# ------------------------------------------------------------------------------------------------ held-out samples
+
+def score_prompts(model, tokenizer, prompts: dict[int, data.Prompt], s: Settings) -> list[dict[str, float]]:
     """One sampled response to each prompt: its accuracy, and whether the frame that shows the answer, if it is known, is
     the one (top1) or among the K2 (topk) that the response attends to most."""
-    encoded = [model_utils.encode_prompt(model, prompt) for prompt in prompts]
-    uniforms = np.stack([np.random.default_rng((s.seed, HELD_OUT, i)).random((1, s.max_new_tokens)) for i in indices])
-    rollouts = model_utils.rollout(model, encoded, torch.from_numpy(uniforms), temperature=s.temperature,
+    uniforms = np.stack([np.random.default_rng((s.seed, HELD_OUT, i)).random((1, s.max_new_tokens)) for i in prompts])
+    rollouts = model_utils.rollout(model, [model_utils.encode_prompt(model, prompt) for prompt in prompts.values()],
+                                   torch.from_numpy(uniforms), temperature=s.temperature,
                                    attention_layers=s.attention_layers)
     scores = []
-    for prompt, rollout in zip(prompts, rollouts):
+    for prompt, rollout in zip(prompts.values(), rollouts):
         text = tokenizer.decode(rollout.response_ids[0][rollout.response_mask[0]], skip_special_tokens=True)
         scores.append({"accuracy": data.accuracy_reward(text, prompt.sample)})
         if (shown := prompt.sample.crucial_step) is not None:
@@ -529,126 +508,167 @@ def score_prompts(model, tokenizer, prompts: list[data.Prompt], indices: list[in
     return scores
 
 
-def score_held_out(run: Run, samples: list, reader: data.VideoReader) -> dict[str, float]:
+def score_held_out(run: Run, samples: list[data.Sample], reader: data.VideoReader) -> dict[str, float]:
     """Means over the held-out samples, shared out over the processes; the same random numbers each time."""
-    s, scores, mine = run.settings, [], list(enumerate(samples))[run.rank::run.world]
-    parts = [mine[i:i + s.rollout_groups] for i in range(0, len(mine), s.rollout_groups)]
-    ahead = [{i: (sample, reader.submit(sample)) for i, sample in part} for part in parts[:1]]
-    for n in range(len(parts)):
-        ahead += [{i: (sample, reader.submit(sample)) for i, sample in part} for part in parts[n + 1:n + 2]]
-        prompts, _ = read_prompts(ahead.pop(0), run.tokenizer, s.max_prompt_tokens)
-        if prompts:
-            scores += score_prompts(run.model, run.tokenizer, list(prompts.values()), list(prompts), s)
+    s, scores, mine = run.settings, [], [(i, (sample, None)) for i, sample in enumerate(samples)][run.rank::run.world]
+    for batch in data.read_ahead(reader, (dict(mine[i:i + s.rollout_groups]) for i in range(0, len(mine), s.rollout_groups))):
+        prompts, _ = data.build_prompts(batch, run.tokenizer, s.max_prompt_tokens)
+        scores += score_prompts(run.model, run.tokenizer, prompts, s) if prompts else []
     scores = [score for part in run.gather(scores) for score in part]
     return {name: float(np.mean([score[name] for score in scores])) for name in (scores or [{}])[0]}
 
 
 # -------------------------------------------------------------------------------------------------------- the run
 
-class SettingsError(ValueError):
-    """A setting that cannot be; the message is one line that names it and the mend."""
+class RunError(RuntimeError):
+    """A setting that cannot be, or a run that cannot go on; the message is one line that names the thing and the mend."""
 
 
-def train(s: Settings, weigh: Callable = weigh_tokens) -> None:
-    """The training loop: read, roll out, update, log, and at the end a checkpoint in Hugging Face format."""
+def set_up(s: Settings, weigh: Callable) -> Run:
+    """Processes, rollout model, sharded policy, optimizer."""
     rank, world, device = model_utils.init_processes()
     if rank == 0:
         prepare_built_in(s)
     dist.barrier()
-    samples = load_data(s.data, s, announce=rank == 0)
-    held_out = load_data(s.eval_data, s, announce=rank == 0) if s.eval_data else []
     model, tokenizer = model_utils.load_model(s.model, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+    reference = Policy(model, s.temperature).to(model.dtype).requires_grad_(False) if s.kl_coef else None
     policy = Policy(model, s.temperature)
     if s.gradient_checkpointing:
         policy.language_model.gradient_checkpointing_enable({"use_reentrant": False})
     policy = model_utils.shard(policy, device)
-    reference = Policy(model, s.temperature).to(model.dtype).requires_grad_(False) if s.kl_coef else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=s.learning_rate, betas=(0.9, s.beta2), weight_decay=0.0)
-    run = Run(s, model, tokenizer, policy, reference, optimizer, rank, world, weigh)
-    output, steps = Path(s.output), s.steps or int(np.ceil(s.epochs * len(samples) / s.prompts_per_step))
-    if rank == 0:
-        move_aside(output)
-        (output / "config.json").write_text(json.dumps(asdict(s) | {"processes": world, "torch": torch.__version__}, indent=1))
+    return Run(s, model, tokenizer, policy, reference, optimizer, rank, world, weigh)
+
+
+def train(s: Settings, weigh: Callable = weigh_tokens) -> None:
+    """The training loop: steps, logs, checkpoints. Randomness derives from (seed, position in the stream) alone, so no
+    random state is kept, and a resumed run and one over more processes give the same numbers."""
+    run = set_up(s, weigh)
+    samples, held_out = (load_data(path, s, run.rank == 0) if path else [] for path in (s.data, s.eval_data))
+    output, steps = Path(s.output), s.steps or math.ceil(s.epochs * len(samples) / s.prompts_per_step)
+    done = start_output(run, output)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: (setattr(run, "stop", True), signal.signal(number, signal.SIG_DFL)))
 
     def log(name: str, *records: dict) -> None:
-        if rank == 0:
+        if run.rank == 0:
             with open(output / name, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(record) + "\n" for record in records)
 
-    def held_out_scores(step: int) -> dict[str, float]:
+    def measure(step: int) -> dict[str, float]:
         scores = score_held_out(run, held_out, reader) if held_out else {}
-        if scores:
-            log("held_out.jsonl", {"step": step} | scores)
+        log("held_out.jsonl", *[{"step": step} | scores] * bool(scores))
         return scores
 
-    reading = dict(fps=s.fps, max_frames=s.max_frames, min_pixels=s.min_pixels, max_pixels=s.max_pixels)
-    with data.VideoReader(s.readers, s.decode_timeout, **reading) as reader:
-        before = after = held_out_scores(0)
-        draws, unreadable, not_finite, rates = draw_batches(run, samples, reader, 0), 0, [], []
-        bar = tqdm(range(steps), desc=s.algorithm, disable=rank > 0)
+    def save(step: int) -> None:
+        state = {"step": step, "position": run.position, "unreadable": unreadable}
+        model_utils.save_checkpoint(output / f"step-{step:06d}", run.model, run.tokenizer, s.model, run.policy,
+                                    run.optimizer, state)
+        for old in sorted(output.glob("step-??????"))[:-s.keep] if run.rank == 0 else ():
+            shutil.rmtree(old)
+
+    with data.VideoReader(s.readers, s.decode_timeout, fps=s.fps, max_frames=s.max_frames, min_pixels=s.min_pixels,
+                          max_pixels=s.max_pixels) as reader:
+        unreadable, not_finite, rates = done.get("unreadable", 0), [], []
+        before = after = done.get("held_out") or measure(0)
+        draws = data.read_ahead(reader, prompt_stream(run, samples))
+        bar = tqdm(range(done.get("step", 0), steps), desc=s.algorithm, disable=run.rank > 0, initial=done.get("step", 0),
+                   total=steps)
         for step in bar:
             metrics, skipped, groups = training_step(run, draws, step)
             log("metrics.jsonl", metrics)
             log("skipped.jsonl", *({"step": step + 1} | record for record in skipped))
-            log("samples.jsonl", *(describe(group, tokenizer, step + 1) for group in groups[:1]))
-            rates.append(metrics["samples_per_second"])
+            log("samples.jsonl", *(describe(group, run.tokenizer, step + 1) for group in groups[:1]))
             bar.set_postfix({name: f"{metrics[name]:.2f}" for name in ("accuracy", "reward", "response_length")
                              if name in metrics})
+            rates.append(metrics["samples_per_second"])
             unreadable += sum(record["unreadable"] for record in skipped)
-            if unreadable > 0.05 * max(100, (step + 1) * s.prompts_per_step):
-                raise data.DataError(f"{unreadable} samples could not be read, over 5%; see {output / 'skipped.jsonl'}")
-            not_finite = [] if np.isfinite(metrics["grad_norm"]) else not_finite + [g.prompt.sample.id for g in groups]
-            if len(not_finite) >= 3 * len(groups) > 0:
-                raise SettingsError(f"gradients not finite in 3 steps in a row, with samples {', '.join(not_finite)}")
+            if unreadable > 0.05 * max(100, run.position):
+                raise RunError(f"{unreadable} of {run.position} samples could not be read, over 5%; mend the videos that "
+                               f"{output / 'skipped.jsonl'} lists")
+            not_finite = [] if math.isfinite(metrics["grad_norm"]) else not_finite + [[g.prompt.sample.id for g in groups]]
+            if len(not_finite) == 3:
+                raise RunError(f"the gradient was not finite in 3 steps in a row, with samples {not_finite}")
             if s.eval_every and (step + 1) % s.eval_every == 0 and step + 1 < steps:
-                held_out_scores(step + 1)
-        if steps:
-            after = held_out_scores(steps)
-    if rank == 0:
-        model_utils.save_model(model, tokenizer, s.model, output / "checkpoint")
+                measure(step + 1)
+            if run.stop or s.save_every and (step + 1) % s.save_every == 0:
+                save(step + 1)
+            if run.stop:
+                raise RunError(f"stopped by a signal after step {step + 1}; go on with the same command and --resume")
+        after = measure(steps)
+    model_utils.save_checkpoint(output / "checkpoint", run.model, run.tokenizer, s.model)
+    if run.rank == 0:
         for name, label in (("accuracy", "held-out accuracy"), ("topk", f"true frame among a response's top {s.k2}")):
             if name in before:
-                print(f"{label:42s} {before[name]:.3f} -> {after[name]:.3f}   ({len(held_out)} samples)")
-        print(f"{'samples per second (median)':42s} {np.median(rates or [0]):.2f}")
-        print(f"{'checkpoint':42s} {output / 'checkpoint'}")
-        print(f"{'next':42s} torchrun appo.py --algorithm dapo, or your own --model and --data; log: {output / 'metrics.jsonl'}")
-    dist.barrier()
+                print(f"{label:40s} {before[name]:.3f} -> {after[name]:.3f}   ({len(held_out)} samples)")
+        print(f"{'samples per second (median)':40s} {np.median(rates or [0]):.2f}")
+        print(f"{'checkpoint':40s} {output / 'checkpoint'}")
+        print(f"{'next':40s} --algorithm dapo to compare, --model and --data for your own; log: {output / 'metrics.jsonl'}")
 
 
-def describe(group: Group, tokenizer, step: int) -> dict:
-    """What samples.jsonl keeps of a group: its responses, their scores, and each token with its weight."""
-    mask, weights = group.rollout.response_mask, group.token_weights
-    return {"step": step, "id": group.prompt.sample.id, "question": group.prompt.sample.question,
-            "answer": group.prompt.sample.answer, "crucial_frames": group.crucial.nonzero().flatten().tolist(),
-            "responses": [{"text": text, **{name: score[i].item() for name, score in group.scores.items()},
-                           "advantage": round(group.advantages[i].item(), 4),
-                           "tokens": tokenizer.convert_ids_to_tokens(group.rollout.response_ids[i][mask[i]].tolist()),
-                           "weights": None if weights is None else [round(w, 3) for w in weights[i][mask[i]].tolist()]}
-                          for i, text in enumerate(group.texts)]}
-
-
-def load_data(path: str, s: Settings, announce: bool) -> list:
-    """The samples of the annotation files; missing videos are listed, and stop the run unless --skip_missing."""
+def load_data(path: str, s: Settings, announce: bool) -> list[data.Sample]:
+    """The samples of annotation files. Missing videos are listed, and stop the run unless --skip_missing."""
     samples = data.load_samples(path, s.video_root)
     missing = [name for sample in samples for name in sample.missing]
     if missing and announce:
-        print(f"{path}: {len(missing)} of {len(samples)} samples lack a file:", *missing[:10], sep="\n  ", file=sys.stderr)
+        print(f"{path}: {len(missing)} files are missing:", *missing[:10], sep="\n  ", file=sys.stderr)
     if missing and not s.skip_missing:
-        raise data.DataError(f"{path}: {len(missing)} files are missing, the first {missing[0]}; mend --video_root or "
-                             "train without them by --skip_missing")
+        raise data.DataError(f"{path}: {len(missing)} files are missing, the first {missing[0]}; mend --video_root, or "
+                             "leave these samples out by --skip_missing")
     samples = [sample for sample in samples if not sample.missing]
     if not samples:
-        raise data.DataError(f"{path}: no sample to train on")
+        raise data.DataError(f"{path}: no sample is left; mend --video_root")
     return samples
 
 
-def move_aside(output: Path) -> None:
-    """An earlier run's folder is kept under another name: nothing is lost."""
-    if (output / "config.json").exists():
-        number = next(n for n in range(1, 1 << 20) if not output.with_name(f"{output.name}.{n}").exists())
-        output.rename(output.with_name(f"{output.name}.{number}"))
-        print(f"the earlier run is now {output.with_name(f'{output.name}.{number}')}")
-    output.mkdir(parents=True, exist_ok=True)
+def start_output(run: Run, output: Path) -> dict:
+    """Prepare the run folder. A new run moves an earlier one aside; --resume loads the newest whole checkpoint, cuts the
+    logs back to its step and returns its state (step, position, held_out), {} where there is none yet."""
+    s, state = run.settings, {}
+    settings = asdict(s) | {"resume": False}
+    config = output / "config.json"
+    if s.resume:
+        if not config.exists():
+            raise RunError(f"{output}: no run to resume; leave --resume away or mend --output")
+        free = ("steps", "epochs", "save_every", "keep", "eval_every", "readers", "decode_timeout", "rollout_groups")
+        for name, value in json.loads(config.read_text())["settings"].items():
+            if name in settings and settings[name] != value and name not in free:
+                raise RunError(f"--{name} is {settings[name]} and was {value} in {output}; resume with the same settings")
+        checkpoints = sorted(path for path in output.glob("step-??????") if (path / "state.json").exists())
+        if checkpoints:
+            state = model_utils.load_checkpoint(checkpoints[-1], run.model, run.policy, run.optimizer)
+            run.position = state["position"]
+        if (output / "held_out.jsonl").exists():
+            first = json.loads(((output / "held_out.jsonl").read_text().splitlines() or ["{}"])[0])
+            state["held_out"] = {name: value for name, value in first.items() if name != "step"}
+        dist.barrier()
+        for log in output.glob("*.jsonl") if run.rank == 0 else ():
+            lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")
+                     and json.loads(line)["step"] <= state.get("step", 0)]
+            log.with_suffix(".cut").write_text("".join(lines))
+            log.with_suffix(".cut").replace(log)
+    elif run.rank == 0:
+        if config.exists():
+            number = next(n for n in range(1, 1 << 20) if not output.with_name(f"{output.name}.{n}").exists())
+            output.rename(output.with_name(f"{output.name}.{number}"))
+            print(f"the earlier run is now {output}.{number}", file=sys.stderr)
+        output.mkdir(parents=True, exist_ok=True)
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__, "processes": run.world}
+        config.write_text(json.dumps({"settings": settings} | versions, indent=1))
+    dist.barrier()
+    return state
+
+
+def describe(group: Group, tokenizer, step: int) -> dict:
+    """What samples.jsonl keeps of a group: its responses with their scores, and each token with its weight."""
+    sample, mask, weights = group.prompt.sample, group.rollout.response_mask, group.token_weights
+    return {"step": step, "id": sample.id, "question": sample.question, "answer": sample.answer,
+            "crucial_frames": group.crucial.nonzero().flatten().tolist(),
+            "responses": [{"text": text, **{name: score[i].item() for name, score in group.scores.items()},
+                           "advantage": group.advantages[i].item(),
+                           "tokens": tokenizer.convert_ids_to_tokens(group.rollout.response_ids[i][mask[i]].tolist()),
+                           "weights": None if weights is None else [round(w, 4) for w in weights[i][mask[i]].tolist()]}
+                          for i, text in enumerate(group.texts)]}
 
 
 def prepare_built_in(s: Settings) -> None:
@@ -659,31 +679,31 @@ def prepare_built_in(s: Settings) -> None:
     if s.model != str(folder / "model") or (folder / "model" / "config.json").exists():
         return
     model, tokenizer = model_utils.tiny_model(data.toy_vocabulary(), s.seed)
-    test = [data.toy_prompt(np.random.default_rng((s.seed, 3, n)), tokenizer, n % 8)[0] for n in range(128)]
+    test = {n: data.toy_prompt(np.random.default_rng((s.seed, 3, n)), tokenizer, n % 8)[0] for n in range(128)}
 
     def good_enough(model) -> bool:
         """Half of the answers right, and the model looks: else reinforcement learning has little to start from."""
-        scores = score_prompts(model, tokenizer, test, list(range(len(test))), Settings(**TINY))
+        scores = score_prompts(model, tokenizer, test, Settings(**TINY))
         return all(np.mean([score[name] for score in scores]) >= least for name, least in (("accuracy", .5), ("top1", .3)))
 
     model_utils.warm_up(model, data.toy_lessons(tokenizer, 1024, s.seed), good_enough)
-    model_utils.save_model(model, tokenizer, None, folder / "model")
+    model_utils.save_checkpoint(folder / "model", model, tokenizer, None)
 
 
 # ------------------------------------------------------------------------------------------------- the command line
 
 class Parser(HfArgumentParser):
     def error(self, message: str) -> None:
-        self.exit(2, f"appo.py: {message}\n")
+        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def is_tiny(model: str | None, toy_folder: str) -> bool:
     """Is this the built-in model, or trained from it? Its settings go with it."""
-    config = Path(model or toy_folder + "/model") / "config.json"
-    return model is None or config.is_file() and json.loads(config.read_text()).get("appo_built_in", False)
+    config = Path(model or f"{toy_folder}/model") / "config.json"
+    return model is None or config.is_file() and bool(json.loads(config.read_text()).get("appo_built_in"))
 
 
-def parse_settings(arguments: list[str], parser: Parser) -> Settings:
+def parse_settings(parser: Parser, arguments: list[str] | None = None) -> Settings:
     """Defaults of the paper, then those of the tiny model, then the algorithm's preset, then what the user says."""
     first = parser.parse_args(arguments)
     parser.set_defaults(**(TINY if is_tiny(first.model, first.toy_folder) else {}) | PRESETS[first.algorithm])
@@ -692,33 +712,31 @@ def parse_settings(arguments: list[str], parser: Parser) -> Settings:
     if s.data is None:
         s.data, s.eval_data = str(Path(s.toy_folder) / "train.json"), s.eval_data or str(Path(s.toy_folder) / "test.json")
     s.output = s.output or f"runs/{s.algorithm}"
-    for name in ("k1", "k2", "k3", "attention_layers", "group_size", "prompts_per_step", "rollout_groups", "max_new_tokens",
-                 "max_prompt_tokens", "temperature", "updates_per_batch", "epochs", "learning_rate", "fps", "max_frames",
-                 "min_pixels", "readers", "decode_timeout", "max_grad_norm"):
-        if not getattr(s, name) > 0:
-            raise SettingsError(f"--{name} {getattr(s, name)}: give a number above 0")
-    for name in ("alpha", "clip_low", "clip_high", "kl_coef", "gamma", "eta", "steps", "minibatch_prompts", "overlong_buffer",
-                 "max_resamples", "warmup_steps", "eval_every", "seed"):
-        if not getattr(s, name) >= 0:
-            raise SettingsError(f"--{name} {getattr(s, name)}: give a number of at least 0")
+    may_be_zero = {"threshold", "alpha", "clip_low", "clip_high", "kl_coef", "gamma", "eta", "minibatch_prompts", "steps",
+                   "max_resamples", "overlong_buffer", "warmup_steps", "save_every", "eval_every", "seed"}
+    for name, value in asdict(s).items():
+        if isinstance(value, (int, float)) and not (0 < value < math.inf or value == 0 and
+                                                    (name in may_be_zero or isinstance(value, bool))):
+            raise RunError(f"--{name} {value}: give a number {'of at least' if name in may_be_zero else 'above'} 0")
     for wrong, message in (
-            (s.min_pixels > s.max_pixels, f"--min_pixels {s.min_pixels} is above --max_pixels {s.max_pixels}"),
+            (s.min_pixels > s.max_pixels, f"--min_pixels {s.min_pixels} is above --max_pixels {s.max_pixels}: lower it"),
             (s.clip_low >= 1, f"--clip_low {s.clip_low}: give a number below 1"),
-            (s.overlong_buffer > s.max_new_tokens, f"--overlong_buffer {s.overlong_buffer} is above --max_new_tokens "
-             f"{s.max_new_tokens}: make it shorter"),
-            (s.minibatch_prompts and s.prompts_per_step % s.minibatch_prompts, f"--minibatch_prompts {s.minibatch_prompts} "
-             f"does not divide --prompts_per_step {s.prompts_per_step}")):
+            (s.overlong_buffer > s.max_new_tokens, f"--overlong_buffer {s.overlong_buffer} is longer than "
+             f"--max_new_tokens {s.max_new_tokens}: shorten it"),
+            (s.minibatch_prompts and s.prompts_per_step % s.minibatch_prompts, f"--minibatch_prompts "
+             f"{s.minibatch_prompts} does not divide --prompts_per_step {s.prompts_per_step}: choose a divisor")):
         if wrong:
-            raise SettingsError(message)
+            raise RunError(message)
     return s
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = Parser(Settings, description=__doc__, formatter_class=None or __import__("argparse").RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(Settings, description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     try:
-        train(parse_settings(sys.argv[1:] if arguments is None else arguments, parser))
-    except (SettingsError, data.DataError, model_utils.ModelError) as error:
-        parser.error(str(error))
+        train(parse_settings(parser, arguments))
+    except (RunError, data.DataError, model_utils.ModelError) as error:
+        rank = f"rank {dist.get_rank()}: " if dist.is_initialized() and dist.get_world_size() > 1 else ""
+        parser.error(rank + str(error))
 
 
 if __name__ == "__main__":

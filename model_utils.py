@@ -20,9 +20,10 @@ from typing import Callable, Iterable
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+import torch.distributed.checkpoint as checkpoints
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -59,14 +60,47 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device):
     return model.to(device).eval().requires_grad_(False), tokenizer
 
 
-def save_model(model, tokenizer, source: str | None, folder: Path) -> None:
-    """Write an ordinary Hugging Face folder; the image settings are those of the `source` model."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    if source is None:
-        (Path(folder) / "preprocessor_config.json").write_text(json.dumps(TINY_IMAGES, indent=1))
-    elif settings := cached_file(source, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False):
-        shutil.copyfile(settings, Path(folder) / "preprocessor_config.json")
+def save_checkpoint(folder: Path, model, tokenizer, source: str | None, policy=None, optimizer=None, state=None) -> None:
+    """Write an ordinary Hugging Face folder, all processes together; with a policy also what a run resumes from.
+
+    It is written beside and moved into place when it is whole. The image settings are those of the `source` model.
+    """
+    partial, main = Path(f"{folder}.partial"), not dist.is_initialized() or dist.get_rank() == 0
+    try:
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            if source is None:
+                (partial / "preprocessor_config.json").write_text(json.dumps(TINY_IMAGES, indent=1))
+            elif settings := cached_file(source, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False):
+                shutil.copyfile(settings, partial / "preprocessor_config.json")
+        if policy is not None:
+            checkpoints.save(training_state(policy, optimizer), checkpoint_id=partial / "training")
+        if main:
+            (partial / "state.json").write_text(json.dumps(state or {}))
+            if Path(folder).exists():
+                shutil.rmtree(folder)
+            partial.rename(folder)
+    except (OSError, SafetensorError, checkpoints.CheckpointException) as error:
+        raise ModelError(f"{folder}: cannot be written ({' '.join(str(error).split())[:300]}); make room on the disk. "
+                         "The last whole checkpoint stands, go on from it with --resume") from error
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def training_state(policy, optimizer) -> dict:
+    weights, moments = get_state_dict(policy, optimizer)
+    return {"policy": weights, "optimizer": moments}
+
+
+def load_checkpoint(folder: Path, model, policy, optimizer) -> dict:
+    """Load what `save_checkpoint` wrote, on any number of processes; returns its state."""
+    loaded = training_state(policy, optimizer)
+    checkpoints.load(loaded, checkpoint_id=Path(folder) / "training")
+    set_state_dict(policy, optimizer, model_state_dict=loaded["policy"], optim_state_dict=loaded["optimizer"])
+    refresh(model, policy)
+    return json.loads((Path(folder) / "state.json").read_text())
 
 
 def end_token_ids(model) -> Tensor:
@@ -338,6 +372,14 @@ class Policy(nn.Module):
         with torch.no_grad():
             entropy = torch.special.entr(log_probs.exp()).sum(-1)
         return log_probs.gather(-1, targets[:, None])[:, 0], entropy
+
+
+def dummy_group(model) -> tuple[EncodedPrompt, Tensor, Tensor]:
+    """The smallest group that a policy can take: one prompt token, one response token."""
+    one = end_token_ids(model)[:1]
+    prompt = EncodedPrompt(one, one.new_zeros(3, 1), 1, one < 0, torch.empty(0, model.config.text_config.hidden_size,
+                           device=model.device), one.new_full((1,), -1), 0)
+    return prompt, one[None], torch.ones(1, 1, dtype=torch.bool, device=model.device)
 
 
 @dataclass
