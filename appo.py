@@ -35,7 +35,7 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 
 import data
 import model_utils
-from model_utils import EncodedPrompt, HeadLogits, Policy, Rollout
+from model_utils import EncodedPrompt, HeadLogits, Policy, Rollout, RunError
 
 
 @dataclass
@@ -520,10 +520,6 @@ def score_held_out(run: Run, samples: list[data.Sample], reader: data.VideoReade
 
 # -------------------------------------------------------------------------------------------------------- the run
 
-class RunError(RuntimeError):
-    """A setting that cannot be, or a run that cannot go on; the message is one line that names the thing and the mend."""
-
-
 def set_up(s: Settings, weigh: Callable) -> Run:
     """Processes, rollout model, sharded policy, optimizer."""
     rank, world, device = model_utils.init_processes()
@@ -546,7 +542,11 @@ def train(s: Settings, weigh: Callable = weigh_tokens) -> None:
     run = set_up(s, weigh)
     samples, held_out = (load_data(path, s, run.rank == 0) if path else [] for path in (s.data, s.eval_data))
     output, steps = Path(s.output), s.steps or math.ceil(s.epochs * len(samples) / s.prompts_per_step)
-    done = start_output(run, output)
+    done = model_utils.open_run_folder(output, asdict(s), free=("output", "steps", "epochs", "save_every", "keep", "eval_every",
+                                                                "readers", "decode_timeout", "rollout_groups"))
+    if done.get("checkpoint"):
+        model_utils.load_checkpoint(done["checkpoint"], run.model, run.policy, run.optimizer)
+        run.position = done["position"]
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: (setattr(run, "stop", True), signal.signal(number, signal.SIG_DFL)))
 
@@ -570,7 +570,7 @@ def train(s: Settings, weigh: Callable = weigh_tokens) -> None:
     with data.VideoReader(s.readers, s.decode_timeout, fps=s.fps, max_frames=s.max_frames, min_pixels=s.min_pixels,
                           max_pixels=s.max_pixels) as reader:
         unreadable, not_finite, rates = done.get("unreadable", 0), [], []
-        before = after = done.get("held_out") or measure(0)
+        measured = model_utils.read_log(output / "held_out.jsonl") or [measure(0)]
         draws = data.read_ahead(reader, prompt_stream(run, samples))
         bar = tqdm(range(done.get("step", 0), steps), desc=s.algorithm, disable=run.rank > 0, initial=done.get("step", 0),
                    total=steps)
@@ -581,6 +581,8 @@ def train(s: Settings, weigh: Callable = weigh_tokens) -> None:
             log("samples.jsonl", *(describe(group, run.tokenizer, step + 1) for group in groups[:1]))
             bar.set_postfix({name: f"{metrics[name]:.2f}" for name in ("accuracy", "reward", "response_length")
                              if name in metrics})
+            if s.dynamic_sampling and metrics["groups"] < s.prompts_per_step and run.rank == 0:
+                bar.write(f"step {step + 1}: only {metrics['groups']} groups with right and wrong responses were found")
             rates.append(metrics["samples_per_second"])
             unreadable += sum(record["unreadable"] for record in skipped)
             if unreadable > 0.05 * max(100, run.position):
@@ -589,18 +591,17 @@ def train(s: Settings, weigh: Callable = weigh_tokens) -> None:
             not_finite = [] if math.isfinite(metrics["grad_norm"]) else not_finite + [[g.prompt.sample.id for g in groups]]
             if len(not_finite) == 3:
                 raise RunError(f"the gradient was not finite in 3 steps in a row, with samples {not_finite}")
-            if s.eval_every and (step + 1) % s.eval_every == 0 and step + 1 < steps:
-                measure(step + 1)
+            if step + 1 == steps or s.eval_every and (step + 1) % s.eval_every == 0:
+                measured.append(measure(step + 1))
             if run.stop or s.save_every and (step + 1) % s.save_every == 0:
                 save(step + 1)
             if run.stop:
                 raise RunError(f"stopped by a signal after step {step + 1}; go on with the same command and --resume")
-        after = measure(steps)
     model_utils.save_checkpoint(output / "checkpoint", run.model, run.tokenizer, s.model)
     if run.rank == 0:
         for name, label in (("accuracy", "held-out accuracy"), ("topk", f"true frame among a response's top {s.k2}")):
-            if name in before:
-                print(f"{label:40s} {before[name]:.3f} -> {after[name]:.3f}   ({len(held_out)} samples)")
+            if name in measured[0]:
+                print(f"{label:40s} {measured[0][name]:.3f} -> {measured[-1][name]:.3f}   ({len(held_out)} samples)")
         print(f"{'samples per second (median)':40s} {np.median(rates or [0]):.2f}")
         print(f"{'checkpoint':40s} {output / 'checkpoint'}")
         print(f"{'next':40s} --algorithm dapo to compare, --model and --data for your own; log: {output / 'metrics.jsonl'}")
@@ -609,7 +610,7 @@ def train(s: Settings, weigh: Callable = weigh_tokens) -> None:
 def load_data(path: str, s: Settings, announce: bool) -> list[data.Sample]:
     """The samples of annotation files. Missing videos are listed, and stop the run unless --skip_missing."""
     samples = data.load_samples(path, s.video_root)
-    missing = [name for sample in samples for name in sample.missing]
+    missing = list(dict.fromkeys(name for sample in samples for name in sample.missing))
     if missing and announce:
         print(f"{path}: {len(missing)} files are missing:", *missing[:10], sep="\n  ", file=sys.stderr)
     if missing and not s.skip_missing:
@@ -619,44 +620,6 @@ def load_data(path: str, s: Settings, announce: bool) -> list[data.Sample]:
     if not samples:
         raise data.DataError(f"{path}: no sample is left; mend --video_root")
     return samples
-
-
-def start_output(run: Run, output: Path) -> dict:
-    """Prepare the run folder. A new run moves an earlier one aside; --resume loads the newest whole checkpoint, cuts the
-    logs back to its step and returns its state (step, position, held_out), {} where there is none yet."""
-    s, state = run.settings, {}
-    settings = asdict(s) | {"resume": False}
-    config = output / "config.json"
-    if s.resume:
-        if not config.exists():
-            raise RunError(f"{output}: no run to resume; leave --resume away or mend --output")
-        free = ("steps", "epochs", "save_every", "keep", "eval_every", "readers", "decode_timeout", "rollout_groups")
-        for name, value in json.loads(config.read_text())["settings"].items():
-            if name in settings and settings[name] != value and name not in free:
-                raise RunError(f"--{name} is {settings[name]} and was {value} in {output}; resume with the same settings")
-        checkpoints = sorted(path for path in output.glob("step-??????") if (path / "state.json").exists())
-        if checkpoints:
-            state = model_utils.load_checkpoint(checkpoints[-1], run.model, run.policy, run.optimizer)
-            run.position = state["position"]
-        if (output / "held_out.jsonl").exists():
-            first = json.loads(((output / "held_out.jsonl").read_text().splitlines() or ["{}"])[0])
-            state["held_out"] = {name: value for name, value in first.items() if name != "step"}
-        dist.barrier()
-        for log in output.glob("*.jsonl") if run.rank == 0 else ():
-            lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")
-                     and json.loads(line)["step"] <= state.get("step", 0)]
-            log.with_suffix(".cut").write_text("".join(lines))
-            log.with_suffix(".cut").replace(log)
-    elif run.rank == 0:
-        if config.exists():
-            number = next(n for n in range(1, 1 << 20) if not output.with_name(f"{output.name}.{n}").exists())
-            output.rename(output.with_name(f"{output.name}.{number}"))
-            print(f"the earlier run is now {output}.{number}", file=sys.stderr)
-        output.mkdir(parents=True, exist_ok=True)
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__, "processes": run.world}
-        config.write_text(json.dumps({"settings": settings} | versions, indent=1))
-    dist.barrier()
-    return state
 
 
 def describe(group: Group, tokenizer, step: int) -> dict:
@@ -732,9 +695,10 @@ def parse_settings(parser: Parser, arguments: list[str] | None = None) -> Settin
 
 def main(arguments: list[str] | None = None) -> None:
     parser = Parser(Settings, description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    transformers.utils.logging.disable_progress_bar()  # one bar at a time
     try:
         train(parse_settings(parser, arguments))
-    except (RunError, data.DataError, model_utils.ModelError) as error:
+    except (RunError, data.DataError) as error:
         rank = f"rank {dist.get_rank()}: " if dist.is_initialized() and dist.get_world_size() > 1 else ""
         parser.error(rank + str(error))
 

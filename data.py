@@ -1,34 +1,39 @@
-"""From an annotation record to tensors, and how a response to it is scored.
+"""A sample from its annotation to tensors, and how a response to it is scored.
 
-Top to bottom: annotation -> Sample -> decoded frames and their times -> patches -> Visual (read in
-processes of their own, by VideoReader) -> Prompt; then the rewards; then the built-in videos.
-Nothing here knows the model: what leaves this file are tensors and small dataclasses.
-Section names refer to the paper's supplement (arXiv 2602.23823).
+Top to bottom: annotation -> Sample -> decoded frames and their times -> patches -> Visual (read in processes of their
+own, by VideoReader) -> Prompt; then the rewards; then the built-in task. Nothing here knows the model: what leaves this
+file are tensors and small dataclasses. Paper and supplement: arXiv 2602.23823.
 """
 import json
 import logging
 import math
+import multiprocessing
 import os
 import re
 import resource
 import signal
-import socket
-import stat
 import struct
 import subprocess
 import sys
 import threading
+from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import cached_property
+from itertools import chain, pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Iterable, Iterator, Optional
+from string import ascii_uppercase as LETTERS
+from typing import Callable, Iterable, Iterator, Optional
 
 import decord
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 class DataError(ValueError):
@@ -39,22 +44,23 @@ class VideoError(RuntimeError):
     """A video or picture that cannot be read: one line with the reason."""
 
 
-# ---------------------------------------------------------------- annotations
+# --------------------------------------------------------------------------------------------------------- annotations
+
 @dataclass
 class Sample:
-    """One question. Times are seconds; a path that was not found is None and listed in `missing`."""
-    id: str                              # "train.json:12", records counted from 0
+    """One question. Times are in seconds."""
+    id: str  # "train.json:12", records counted from 0
     question: str
-    options: list[str]                   # words without letters; [] if there is no choice
-    answer: str                          # "A".. for choice and grounding, a number as text for number
-    kind: str                            # "choice" | "number" | "grounding" (a choice with time spans)
+    options: list[str]  # words without letters; [] if there is no choice
+    answer: str  # "A".. for choice and grounding, a number as text for number
+    kind: str  # "choice" | "number" | "grounding" (a choice with time spans)
     video: Optional[str] = None
     image: Optional[str] = None
-    missing: list[str] = field(default_factory=list)
-    duration: Optional[float] = None     # as annotated
-    spans: list[tuple[float, float]] = field(default_factory=list)
-    group: str = ""                      # for tables by task
-    crucial_step: Optional[int] = None   # built-in task: the visual step that shows the answer
+    missing: list[str] = field(default_factory=list)  # paths that were not found; video or image is then None
+    duration: Optional[float] = None  # as annotated
+    spans: list[tuple[float, float]] = field(default_factory=list)  # where the clues to the answer are
+    group: str = ""  # for tables by task
+    crucial_step: Optional[int] = None  # built-in task: the visual step of 2 s that shows the answer
     bounds: Optional[tuple[float, float]] = None  # the part of the video that is asked about
 
 
@@ -67,22 +73,20 @@ class _Record:
     def error(self, name: str, mend: str) -> DataError:
         return DataError(f"{self.where}, field '{name}': {mend}")
 
-    def text(self, name: str, value=None) -> str:
-        value = self.fields.get(name) if value is None else value
-        if not isinstance(value, str) or not value.strip():
-            raise self.error(name, "missing or no text; write a non-empty string")
-        if any("\ud800" <= c <= "\udfff" for c in value):
-            raise self.error(name, "half of a surrogate pair is no character; write valid Unicode")
+    def text(self, name: str, value=...) -> str:
+        value = self.fields.get(name) if value is ... else value
+        if not isinstance(value, str) or not value.strip() or any("\ud800" <= c <= "\udfff" for c in value):
+            raise self.error(name, "missing or no text; write a non-empty string of valid Unicode")
         return value.strip()
 
     def texts(self, name: str) -> list[str]:
         values = self.fields.get(name)
         if not isinstance(values, list):
             raise self.error(name, "missing or no list; write a list of strings")
-        return [" ".join(self.text(name, "" if v is None else v).split()) for v in values]  # one line each
+        return [" ".join(self.text(name, value).split()) for value in values]  # one line each
 
-    def number(self, name: str, value=None) -> Optional[float]:
-        value = self.fields.get(name) if value is None else value
+    def number(self, name: str, value=...) -> Optional[float]:
+        value = self.fields.get(name) if value is ... else value
         if value is None:
             return None
         if type(value) not in (int, float) or not abs(value) < 1e9:  # NaN and infinity fail as well
@@ -90,48 +94,47 @@ class _Record:
         return float(value)
 
     def options(self, words: list[str], name: str = "options") -> list[str]:
+        """The words without their letters, "A. a book" or "(A) a book", if all have theirs."""
         if not 2 <= len(words) <= 26:
             raise self.error(name, f"{len(words)} options; a choice needs 2 to 26")
-        marks = [[f"{c}.", f"{c})", f"{c}:", f"({c})"] for c in map(chr, range(65, 65 + len(words)))]
-        marked = [next((m for m in ms if w.startswith(m)), None) for ms, w in zip(marks, words)]
-        return words if None in marked else [w[len(m):].strip() for m, w in zip(marked, words)]
+        lettered = [re.fullmatch(rf"(?s)(?:\({c}\)|{c}[.):])\s*(.*)", w) for c, w in zip(LETTERS, words)]
+        return [match[1] for match in lettered] if all(lettered) else words
+
+    def label(self, name: str) -> str:
+        text = self.text(name)
+        return (_element(text, "answer") or "") if "<answer>" in text else text
 
     def answer(self, name: str, options: list[str]) -> str:
-        text = self.text(name)
-        if "<answer>" in text:
-            text = _element(text, "answer") or ""
-        choice = match_choice(text, options)
+        """The letter of the right option."""
+        choice = match_choice(self.label(name), options)
         if choice is None:
-            raise self.error(name, f"{text[:60]!r} is not among the {len(options)} options; name a letter")
-        return chr(65 + choice)
+            raise self.error(name, f"{self.label(name)[:60]!r} is not among the {len(options)} options; name a letter")
+        return LETTERS[choice]
 
 
-_UNSCORED = {"OCR", "free-form"}  # no rule decides these: left out and counted
-
-
+# Readers of the formats: a record's fields as those of a Sample; None if no rule can score a response to it.
 def _read_video_r1(record: _Record, seed: list[int]) -> Optional[dict]:
-    kind = record.text("problem_type")
-    if kind in _UNSCORED:
-        return None
-    if kind == "multiple choice":
+    problem_type, step = record.text("problem_type"), record.fields.get("crucial_step")
+    if problem_type == "multiple choice":
         options = record.options(record.texts("options"))
         answer, kind = record.answer("solution", options), "choice"
-    elif kind in ("numerical", "regression"):
-        options, kind, answer = [], "number", record.text("solution")
-        answer = (_element(answer, "answer") or "") if "<answer>" in answer else answer
-        if _number(answer) is None:
-            raise record.error("solution", f"{answer[:60]!r} is no number; or set problem_type to free-form")
+    elif problem_type in ("numerical", "regression"):
+        options, answer, kind = [], record.label("solution"), "number"
+        if _number(answer) is None or re.search(r"\s\d", answer):  # "1/2", "1 1/2", "3 x 10^5"
+            return None
+    elif problem_type in ("OCR", "free-form"):
+        return None
     else:
-        raise record.error("problem_type", f"{kind[:60]!r} is unknown; use multiple choice, numerical, "
-                                           "regression, OCR or free-form")
+        raise record.error("problem_type", f"{problem_type[:60]!r} is unknown; use multiple choice, numerical, regression, "
+                                           "OCR or free-form")
     medium = record.text("data_type")
     if medium not in ("video", "image"):
         raise record.error("data_type", "write video or image")
-    step = record.number("crucial_step")
-    group = record.text("data_source") if record.fields.get("data_source") else record.text("problem_type")
-    return dict(question=record.text("problem"), options=options, answer=answer.strip(), kind=kind, group=group,
-                duration=record.number("duration"), crucial_step=None if step is None else int(step),
-                **{medium: record.text("path")})
+    if step is not None and (type(step) is not int or step < 0):
+        raise record.error("crucial_step", "no visual step; write an integer, counted from 0")
+    group = record.text("data_source") if record.fields.get("data_source") else problem_type
+    return {"question": record.text("problem"), "options": options, "answer": answer, "kind": kind, "group": group,
+            "duration": record.number("duration"), "crucial_step": step, medium: record.text("path")}
 
 
 def _read_next_gqa(record: _Record, seed: list[int]) -> dict:
@@ -139,14 +142,14 @@ def _read_next_gqa(record: _Record, seed: list[int]) -> dict:
     if type(answer) is int or isinstance(answer, str) and re.fullmatch("[0-9]{1,2}", answer):  # counted from 0
         if not 0 <= int(answer) < len(options):
             raise record.error("answer", f"{answer} is not among the {len(options)} options; count from 0")
-        answer = chr(65 + int(answer))
+        answer = LETTERS[int(answer)]
     else:
         answer = record.answer("answer", options)
     spans, duration = record.fields.get("time_clues"), record.number("duration")
     if not isinstance(spans, list) or not spans or any(not isinstance(s, list) or len(s) != 2 for s in spans):
         raise record.error("time_clues", "write a list of [start, end] in seconds")
-    spans = [tuple(record.number("time_clues", "" if t is None else t) for t in span) for span in spans]
-    if any(start > end for start, end in spans):
+    spans = [tuple(record.number("time_clues", time) for time in span) for span in spans]
+    if any(None in span or span[0] > span[1] for span in spans):
         raise record.error("time_clues", "a span ends before it starts; write [start, end]")
     if duration is None or duration <= 0:
         raise record.error("duration", "missing or not above 0; write the seconds of the video")
@@ -166,43 +169,37 @@ def _read_seed_bench_r1(record: _Record, seed: list[int]) -> dict:
         options = [wrong[i] for i in rng.choice(len(wrong), 3, replace=False)]
         place = int(rng.integers(4))
         options.insert(place, right)
-        answer = chr(65 + place)
+        answer = LETTERS[place]
     source, progress = record.text("video_source"), record.fields.get("task_progress_metadata")
     if not isinstance(progress, list):
         raise record.error("task_progress_metadata", "missing or no list; an empty list means no video")
-    video = f"videos/{source}/{record.text('video_basename')}" if progress else None
     return dict(question=record.text("question"), options=options, answer=answer, kind="choice", group=source,
-                duration=record.number("duration") or None, video=video,
+                duration=record.number("duration") or None,
+                video=f"videos/{source}/{record.text('video_basename')}" if progress else None,
                 image=f"images/{source}/{record.text('current_observation_basename')}")
 
 
-# name, the field that gives the format away, reader (None: the record cannot be scored by rule)
-_FORMATS = (("Video-R1, Perception Test, built-in", "problem", _read_video_r1),
-            ("NExT-GQA", "time_clues", _read_next_gqa),
-            ("SEED-Bench-R1", "current_observation_basename", _read_seed_bench_r1))
+# by the field that gives the format away: Video-R1 (Perception Test, the built-in task), NExT-GQA, SEED-Bench-R1
+_READERS = {"problem": _read_video_r1, "time_clues": _read_next_gqa, "current_observation_basename": _read_seed_bench_r1}
 
 
-def _records(path: Path) -> list:
+def _records(path: Path) -> list[dict]:
+    lines, records = path.suffix == ".jsonl", []
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; give the path of an annotation (.json or .jsonl)") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+        for part in filter(str.strip, text.split("\n")) if lines else [text]:  # splitlines would split at U+2028 too
+            records.append(json.loads(part))
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); give a readable file") from None
-    number, records = 0, []
-    try:
-        if path.suffix != ".jsonl":
-            records = json.loads(text)
-        else:  # not splitlines: a JSON string may hold U+2028
-            for number, line in enumerate(line for line in text.split("\n") if line.strip()):
-                records.append(json.loads(line))
-    except (ValueError, RecursionError) as error:  # ValueError: JSONDecodeError and integers without end
-        at = f", record {number}" if path.suffix == ".jsonl" else ""
-        raise DataError(f"{path}{at}: not valid JSON ({error}); is the file complete?") from None
+        raise DataError(f"{path}: cannot be read ({error.strerror}); give an annotation file (.json or .jsonl)") from None
+    except (ValueError, RecursionError) as error:
+        at = f", record {len(records)}" if lines else ""
+        raise DataError(f"{path}{at}: no JSON in UTF-8 ({error}); is the file complete?") from None
+    records = records if lines else records[0]
     if not isinstance(records, list) or not records:
         raise DataError(f"{path}: not a list of records; write [{{...}}, ...], or one record a line in .jsonl")
+    for number, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise DataError(f"{path}, record {number}: not a record; write {{\"problem\": ..., ...}}")
     return records
 
 
@@ -210,56 +207,58 @@ class _Finder:
     """Looks paths up, on their text alone: data sets may contain symbolic links."""
 
     def __init__(self, root: Optional[str], folder: Path):
-        self.root, self.folder, self.names = root, folder, None
+        self.root, self.folder = root, folder
+
+    @cached_property
+    def by_name(self) -> dict[str, list[str]]:
+        """The whole tree, walked once, and only if something is not found without."""
+        names = {}
+        for folder, _, files in os.walk(self.root):
+            for name in files:
+                names.setdefault(name, []).append(os.path.join(folder, name))
+        return names
 
     def find(self, path: str) -> Optional[str]:
         if self.root is None:
-            whole = os.path.join(self.folder, path)
-            return whole if os.path.exists(whole) else None
-        parts = [p for p in path.split("/") if p not in ("", ".")]
-        for i in range(len(parts)):  # as given, then ever shorter tails
-            whole = os.path.join(self.root, *parts[i:])
-            if os.path.exists(whole):
-                return whole
-        if self.names is None:  # the whole tree, once, and only if something was not found above
-            self.names = {}
-            for folder, _, files in os.walk(self.root):
-                for name in files:
-                    self.names.setdefault(name, []).append(os.path.join(folder, name))
-        places = self.names.get(parts[-1], []) if parts else []
-        return places[0] if len(places) == 1 else None  # of two alike, none: a guess may be another video
+            places = [os.path.join(self.folder, path)]
+        else:  # as given, then ever shorter tails
+            parts = [part for part in path.split("/") if part not in ("", ".")]
+            places = [os.path.join(self.root, *parts[i:]) for i in range(len(parts))]
+        found = next(filter(os.path.exists, places), None)
+        if found is None and self.root is not None:
+            same = self.by_name.get(os.path.basename(path), [])
+            found = same[0] if len(same) == 1 else None  # of two alike, none: a guess may be another video
+        return found
 
 
 def load_samples(path, video_root=None, *, seed: int = 0) -> list[Sample]:
     """Reads annotations: Video-R1, Perception Test, NExT-GQA, SEED-Bench-R1, built-in, told by their fields.
 
-    path: one .json or .jsonl, or several joined by commas. video_root: a video is looked up there as given,
-    then by its longest existing tail, then by its name; None: as given, from the annotation's folder. Videos
-    not found are listed in `Sample.missing`. Records that no rule can score (OCR, free-form) are left out;
-    their number is logged. seed: shuffles the options of SEED-Bench-R1 training records.
+    path: one .json or .jsonl, or several joined by commas. video_root: a video is looked up there as given, then by its
+    longest existing tail, then by its name; None: as given, from the annotation's folder. Videos not found are listed in
+    `Sample.missing`. Records that no rule can score (OCR, free-form, numerical without a number) are left out; their
+    number is logged. seed: shuffles the options of SEED-Bench-R1 training records.
     Raises DataError, one line, on the first bad record.
     """
-    paths = [Path(p.strip()) for p in str(path).split(",") if p.strip()]
+    paths = [Path(part.strip()) for part in str(path).split(",") if part.strip()]
     root = None if video_root is None else str(video_root)
     if not paths:
         raise DataError("no annotation; give the path of a .json or .jsonl file")
     if root is not None and not os.path.isdir(root):
         raise DataError(f"{root}: no such folder; give the folder of the videos")
-    samples, left_out = [], {}
+    samples, left_out = [], Counter()
     for file_number, path in enumerate(paths):
         name = path.name if sum(p.name == path.name for p in paths) == 1 else str(path)  # ids stay unique
         finder = _Finder(root, path.parent)
         for number, fields in enumerate(_records(path)):
             record = _Record(f"{name}, record {number}", fields)
-            if not isinstance(fields, dict):
-                raise DataError(f"{record.where}: not a record; write {{\"problem\": ..., ...}}")
-            reader = next((read for _, mark, read in _FORMATS if mark in fields), None)
+            reader = next((reader for mark, reader in _READERS.items() if mark in fields), None)
             if reader is None:
-                known = "; ".join(f"{format} (has '{mark}')" for format, mark, _ in _FORMATS)
-                raise DataError(f"{record.where}: fields {sorted(fields)[:8]!r} are of no known format: {known}")
+                raise DataError(f"{record.where}: fields {sorted(fields)[:8]!r} are of no known format; Video-R1 has 'problem', "
+                                "NExT-GQA 'time_clues', SEED-Bench-R1 'current_observation_basename'")
             values = reader(record, [seed, file_number, number])
             if values is None:
-                left_out[fields["problem_type"]] = left_out.get(fields["problem_type"], 0) + 1
+                left_out[fields["problem_type"]] += 1
                 continue
             sample = Sample(id=f"{name}:{number}", **values)
             for medium in ("video", "image"):
@@ -273,23 +272,23 @@ def load_samples(path, video_root=None, *, seed: int = 0) -> list[Sample]:
                     sample.missing.append(given)
             samples.append(sample)
     if left_out:
-        logging.getLogger("appo").warning("%d records left out, no rule can score them: %s", sum(left_out.values()),
-                                          ", ".join(f"{n} {kind}" for kind, n in sorted(left_out.items())))
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
+        logging.getLogger("appo").warning("%d records left out, no rule can score them: %s", left_out.total(), kinds)
     if not samples:
         raise DataError(f"{paths[0]}: no record that a rule can score; add multiple choice or numerical ones")
     return samples
 
 
-# ---------------------------------------------------------------- frames and their times
-_FOLDER_RATE = 3.0  # frames a second in a folder of pictures, as MVBench cut them
-_PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+# ---------------------------------------------------------------------------------------------- frames and their times
+
+FOLDER_RATE = 3.0  # frames a second in a folder of pictures, as MVBench cut them
 
 
 def frame_indices(count: int, rate: float, fps: float, max_frames: int, bounds=None) -> tuple[np.ndarray, float]:
     """Which frames are taken of a video of `count` frames at `rate` a second -> (indices [n], seconds covered).
 
-    n = the largest even number not above min(max(D * fps, 4), max_frames, count), at least 2, as Qwen's own
-    utility: 22 s at fps 1 and max_frames 16 -> 16 frames, 8 visual steps of 2 * 22 / 16 = 2.75 s.
+    n = the largest even number not above min(max(D * fps, 4), max_frames, count), at least 2, as Qwen's own utility:
+    22 s at fps 1 and max_frames 16 -> 16 frames, 8 visual steps of 2 * 22 / 16 = 2.75 s.
     bounds (start, end) in seconds narrow the video first. Raises ValueError outside the video.
     """
     first, last = 0, count - 1
@@ -303,80 +302,46 @@ def frame_indices(count: int, rate: float, fps: float, max_frames: int, bounds=N
     return np.linspace(first, last, n).round().astype(np.int64), duration
 
 
-def _picture(path: str) -> torch.Tensor:
-    """uint8 [3, H, W]. Pillow is needed for pictures only."""
-    from PIL import Image
-    try:
-        with Image.open(path) as image:
-            pixels = np.array(image.convert("RGB"))                                   # [H, W, 3]
-    except (OSError, ValueError, SyntaxError, EOFError, MemoryError, struct.error, IndexError,
-            Image.DecompressionBombError) as error:  # what Pillow raises for damaged files
-        raise VideoError(f"{path!r}: the picture cannot be read ({_reason(error)})") from None
-    return torch.from_numpy(pixels).permute(2, 0, 1)                                   # [3, H, W]
+def read_picture(path: str) -> Tensor:
+    """uint8 [3, H, W]; raises what Pillow raises."""
+    from PIL import Image  # for pictures only
+    with Image.open(path) as image:
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
-def _reason(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return re.sub(r"\[[0-9:]+\] [^ ]+ ", "", text)[:200]  # decord's time stamps and source lines
+def sample_frames(path: str, fps: float, max_frames: int, bounds=None,
+                  each: Callable[[Tensor], Tensor] = lambda frame: frame) -> tuple[Tensor, float, float]:
+    """Evenly spaced frames: (uint8 [n, 3, H, W], seconds per visual step = 2 * D / n, D seconds), by `frame_indices`.
 
-
-def _frames(path: str, fps: float, max_frames: int, bounds=None) -> tuple[Iterator[torch.Tensor], int, float]:
-    """(iterator over n uint8 [3, H, W], n, seconds covered): one full-size frame in memory at a time."""
-    try:
-        mode = os.stat(path).st_mode
-        if stat.S_ISDIR(mode):
-            names = [n for n in os.listdir(path) if n.lower().endswith(_PICTURES)]
-            names.sort(key=lambda n: ([int(digits) for digits in re.findall("[0-9]{1,18}", n)], n))  # 9 before 10
-            count, rate = len(names), _FOLDER_RATE
-            if not names:
-                raise VideoError(f"{path!r}: a folder without pictures")
-        elif not stat.S_ISREG(mode):  # opening a named pipe would wait for its writer
-            raise VideoError(f"{path!r}: not a regular file")
-        elif not os.access(path, os.R_OK):
-            raise VideoError(f"{path!r}: no permission to read it")
-        else:
-            video = decord.VideoReader(path, num_threads=1)
-            count, rate = len(video), float(video.get_avg_fps())
-        if not (math.isfinite(rate) and rate > 0):
-            raise VideoError(f"{path!r}: the file names no frame rate")
-        indices, duration = frame_indices(count, rate, fps, max_frames, bounds)
-    except (OSError, ValueError, AssertionError, decord.DECORDError) as error:
-        raise VideoError(f"{path!r}: cannot be opened ({_reason(error)})") from None
-    except RuntimeError as error:  # decord's word for "no video in it"; ours pass unchanged
-        raise error if isinstance(error, VideoError) else VideoError(f"{path!r}: not a video") from None
-
-    def decode():
-        for index in indices.tolist():
-            if stat.S_ISDIR(mode):
-                yield _picture(os.path.join(path, names[index]))
-                continue
-            try:  # exact: decodes on from the last frame or from the key frame before
-                video.seek_accurate(index)
-                frame = video.next().asnumpy()                                        # [H, W, 3]
-            except (decord.DECORDError, RuntimeError, StopIteration) as error:
-                raise VideoError(f"{path!r}: frame {index} of {count} cannot be decoded ({_reason(error)})") from None
-            yield torch.from_numpy(frame).permute(2, 0, 1)                             # [3, H, W]
-
-    return decode(), len(indices), duration
-
-
-def sample_frames(path: str, fps: float, max_frames: int, bounds=None) -> tuple[torch.Tensor, float, float]:
-    """Evenly spaced frames: (uint8 [n, 3, H, W], seconds per visual step = 2 * D / n, D seconds).
-
-    path: a video, or a folder of pictures (taken as 3 a second). Rule: `frame_indices`. Raises VideoError.
+    path: a video, or a folder of pictures (3 a second). each: applied to every frame [3, H, W] before the next is read,
+    so that one full-size frame is in memory at a time. Raises ValueError, and what decord, Pillow and torch raise.
     """
-    frames, n, duration = _frames(path, fps, max_frames, bounds)
-    return _stack(path, list(frames)), 2 * duration / n, duration
+    if os.path.isdir(path):
+        names = [name for name in os.listdir(path) if name.lower().endswith((".jpg", ".jpeg", ".png", ".bmp", ".webp"))]
+        names.sort(key=lambda name: ([int(digits) for digits in re.findall("[0-9]{1,18}", name)], name))  # 9 before 10
+        count, rate = len(names), FOLDER_RATE
+    elif os.path.isfile(path):  # a named pipe is none: opening it would wait for its writer
+        video, names = decord.VideoReader(path, num_threads=1), None
+        count, rate = len(video), float(video.get_avg_fps())
+    else:
+        raise ValueError("neither a file nor a folder")
+    if not (count > 0 and 0 < rate < math.inf):
+        raise ValueError(f"{count} frames at {rate} a second")
+    indices, duration = frame_indices(count, rate, fps, max_frames, bounds)
+    frames = []
+    for index in indices.tolist():
+        if names:
+            frame = read_picture(os.path.join(path, names[index]))
+        else:
+            video.seek_accurate(index)  # exact: decodes on from the last frame or from the key frame before
+            frame = torch.from_numpy(video.next().asnumpy()).permute(2, 0, 1)  # [3, H, W]
+        frames.append(each(frame))
+    return torch.stack(frames), 2 * duration / len(frames), duration
 
 
-def _stack(path: str, frames: list[torch.Tensor]) -> torch.Tensor:
-    if any(frame.shape != frames[0].shape for frame in frames):
-        raise VideoError(f"{path!r}: its pictures differ in size")
-    return torch.stack(frames)                                                         # [n, 3, H, W]
+# ------------------------------------------------------------------------------------------------------------- patches
 
-
-# ---------------------------------------------------------------- patches
-_PATCH, _MERGE = 14, 2
+PATCH, MERGE = 14, 2  # pixels of a patch's side; patches of a merged token's side
 _MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 _STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
@@ -387,7 +352,7 @@ def resized_size(height: int, width: int, min_pixels: int, max_pixels: int) -> t
     240 x 426 with both limits 50,176 -> 168 x 280, 6 x 10 = 60 tokens: the nearest, 252 x 420, is too large.
     Raises ValueError if one side is over 200 times the other.
     """
-    unit = _PATCH * _MERGE
+    unit = PATCH * MERGE
     if max(height, width) > 200 * min(height, width):
         raise ValueError(f"{width} x {height} pixels: one side is over 200 times the other")
     new = [round(side / unit) * unit for side in (height, width)]
@@ -400,25 +365,24 @@ def resized_size(height: int, width: int, min_pixels: int, max_pixels: int) -> t
     return new[0], new[1]
 
 
-def _resize(frames: torch.Tensor, min_pixels: int, max_pixels: int) -> torch.Tensor:
+def _resize(frames: Tensor, min_pixels: int, max_pixels: int) -> Tensor:
     size = resized_size(*frames.shape[-2:], min_pixels, max_pixels)
-    # uint8 in and out: a float resize differs by 0.15 after normalisation
-    return frames if size == tuple(frames.shape[-2:]) else F.interpolate(
-        frames, size=size, mode="bicubic", antialias=True)                             # uint8 [T, 3, h, w]
+    if size == tuple(frames.shape[-2:]):
+        return frames
+    return F.interpolate(frames, size=size, mode="bicubic", antialias=True)  # uint8: float would differ by 0.15
 
 
-def _patchify(frames: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
+def _patchify(frames: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     if len(frames) % 2:
         frames = torch.cat([frames, frames[-1:]])  # a visual step is two frames
-    x = (frames.float() / 255 - _MEAN) / _STD                                          # [T, 3, h*14, w*14]
-    t, h, w = len(x) // 2, x.shape[2] // _PATCH, x.shape[3] // _PATCH
-    x = x.view(t, 2, 3, h // 2, 2, _PATCH, w // 2, 2, _PATCH)
-    # the four patches of a merged token stand together: [t, h/2, w/2, 2, 2, channel, 2 frames, 14, 14]
-    x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
-    return x.reshape(t * h * w, 3 * 2 * _PATCH * _PATCH), (t, h, w)                     # [t*h*w, 1176]
+    x = (frames.float() / 255 - _MEAN) / _STD  # [T, 3, h*14, w*14]
+    t, h, w = len(x) // 2, x.shape[2] // PATCH, x.shape[3] // PATCH
+    x = x.reshape(t, 2, 3, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH)
+    x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)  # [t, h/2, w/2, 2, 2, channel, 2 frames, 14, 14]: merged tokens together
+    return x.reshape(t * h * w, 3 * 2 * PATCH * PATCH), (t, h, w)  # [t*h*w, 1176]
 
 
-def frames_to_patches(frames: torch.Tensor, min_pixels: int, max_pixels: int):
+def frames_to_patches(frames: Tensor, min_pixels: int, max_pixels: int) -> tuple[Tensor, tuple[int, int, int]]:
     """Frames as Qwen2.5-VL's vision tower takes them.
 
     frames: uint8 [T, 3, H, W], RGB; T = 1 for a picture; an odd T repeats the last frame.
@@ -432,130 +396,84 @@ def frames_to_patches(frames: torch.Tensor, min_pixels: int, max_pixels: int):
 @dataclass
 class Visual:
     """What the vision tower gets for one sample, the video before the picture."""
-    patches: torch.Tensor                    # float32 [N, 1176]
-    masked_patches: Optional[torch.Tensor]   # the same with cells blackened, if asked for
+    patches: Tensor  # float32 [N, 1176]
+    masked_patches: Optional[Tensor]  # the same with cells blackened, if asked for
     video_grids: list[tuple[int, int, int]]  # (t, h, w) in patches
     image_grids: list[tuple[int, int, int]]
-    seconds_per_grid: list[float]            # seconds per visual step of each video
-    duration: Optional[float]                # seconds of the video that the frames cover
-    num_frames: int                          # sampled frames
+    seconds_per_grid: list[float]  # seconds per visual step of each video
+    duration: Optional[float]  # seconds of the video that the frames cover
+    num_frames: int  # sampled frames
+
+
+def _mask(seed, height: int, width: int) -> Tensor:
+    """bool [H, W]: False in the 14 x 14 cells to blacken, each with probability 0.6."""
+    keep = np.random.default_rng(seed).random((-(-height // PATCH), -(-width // PATCH))) >= 0.6
+    return torch.from_numpy(keep.repeat(PATCH, 0).repeat(PATCH, 1)[:height, :width])
 
 
 def read_visual(sample: Sample, *, fps: float, max_frames: int, min_pixels: int, max_pixels: int,
                 mask_seed=None) -> Visual:
     """Decodes a sample's video and picture into patches, one full-size frame in memory at a time.
 
-    mask_seed: ints (seed, step, slot); each 14 x 14 cell of the decoded frames is blackened with probability
-    0.6 before resizing, alike in all frames of the video (PAPO, arXiv 2507.06448). Raises VideoError.
+    mask_seed: ints (seed, step, slot); each 14 x 14 cell of the decoded frames is blackened with probability 0.6 before
+    resizing, alike in all frames of the sample (PAPO, arXiv 2507.06448). Raises VideoError.
     """
     if sample.missing:  # never go on without the video that the question is about
         raise VideoError(f"{sample.missing[0]!r}: not found")
-    rng = None if mask_seed is None else np.random.default_rng(list(mask_seed))
+
+    def shrink(frame: Tensor) -> Tensor:  # [3, H, W] -> [1, 3, h, w], with the masked one [2, 3, h, w]
+        versions = [frame] if mask_seed is None else [frame, frame * _mask(mask_seed, *frame.shape[1:])]
+        return _resize(torch.stack(versions), min_pixels, max_pixels)
+
     visual = Visual(torch.empty(0, 1176), None, [], [], [], None, 0)
-    plain, masked = [visual.patches], [visual.patches]
+    parts = [torch.empty(1 if mask_seed is None else 2, 0, 1176)]
     for path, grids in ((sample.video, visual.video_grids), (sample.image, visual.image_grids)):
         if path is None:
             continue
-        if grids is visual.video_grids:
-            frames, visual.num_frames, visual.duration = _frames(path, fps, max_frames, sample.bounds)
-            visual.seconds_per_grid.append(2 * visual.duration / visual.num_frames)
-        else:
-            frames = iter([_picture(path)])
-        small, dark, keep = [], [], None
-        for frame in frames:                                                           # [3, H, W]
-            try:
-                small.append(_resize(frame[None], min_pixels, max_pixels)[0])
-            except ValueError as error:
-                raise VideoError(f"{path!r}: {error}") from None
-            if rng is not None:
-                if keep is None or keep.shape != frame.shape[1:]:
-                    keep = _mask(rng, *frame.shape[1:])
-                dark.append(_resize((frame * keep)[None], min_pixels, max_pixels)[0])
-        patches, grid = _patchify(_stack(path, small))
-        plain.append(patches)
+        try:
+            if grids is visual.video_grids:
+                frames, seconds, visual.duration = sample_frames(path, fps, max_frames, sample.bounds, shrink)
+                visual.seconds_per_grid, visual.num_frames = [seconds], len(frames)  # [n, 1 or 2, 3, h, w]
+            else:
+                frames = shrink(read_picture(path))[None]
+        except Exception as error:  # decord, Pillow and torch raise some twenty kinds for damaged files
+            reason = re.sub(r"\[[0-9:]+\] \S+ ", "", " ".join(str(error).split()))[:200]  # without decord's source lines
+            raise VideoError(f"{path!r}: cannot be read ({type(error).__name__}: {reason})") from None
+        patches, (grid, *_) = zip(*map(_patchify, frames.unbind(1)))
+        parts.append(torch.stack(patches))  # [1 or 2, t*h*w, 1176]
         grids.append(grid)
-        if rng is not None:
-            masked.append(_patchify(torch.stack(dark))[0])
-    visual.patches = torch.cat(plain)                                                  # [N, 1176]
-    visual.masked_patches = None if rng is None else torch.cat(masked)
+    visual.patches, *masked = torch.cat(parts, dim=1)  # [N, 1176] each
+    visual.masked_patches = masked[0] if masked else None
     return visual
 
 
-def _mask(rng: np.random.Generator, height: int, width: int) -> torch.Tensor:
-    """uint8 [H, W]: 0 in the cells to blacken, 1 elsewhere."""
-    keep = rng.random((-(-height // _PATCH), -(-width // _PATCH))) >= 0.6
-    return torch.from_numpy(keep.astype(np.uint8).repeat(_PATCH, 0).repeat(_PATCH, 1)[:height, :width].copy())
+# -------------------------------------------------------------------------------------------------- decoding processes
+
+START_SECONDS = 300  # importing torch from a cold network disk
+MEMORY_BYTES = 4 << 30  # of a decoding process: a 16K frame fits, a bomb does not
 
 
-# ---------------------------------------------------------------- decoding processes
-_START_SECONDS = 300        # importing torch from a cold network disk
-_MEMORY_BYTES = 4 << 30     # beyond what the libraries map: a 16K frame fits, a bomb does not
-
-
-def _serve(fd: int, parent: int):
+def _serve(fd: int) -> None:
     """The life of a decoding process: requests in, patches out, until the other side is gone."""
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the parent decides when we go
         signal.signal(number, signal.SIG_IGN)
-
-    def leave_with_parent(gone=threading.Event()):
-        while os.getppid() == parent:
-            gone.wait(1)
-        os._exit(1)  # also out of a decoder that hangs
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()
-    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)  # our tracebacks stay, the codecs' chatter goes
-    with open(os.devnull, "w") as null:
-        os.dup2(null.fileno(), 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the codecs' chatter
     torch.set_num_threads(1)
-    decord.logging.set_level(decord.logging.QUIET)
-    if os.path.exists("/proc/self/statm"):
-        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-        if hard == resource.RLIM_INFINITY or hard > mapped + _MEMORY_BYTES:
-            resource.setrlimit(resource.RLIMIT_AS, (mapped + _MEMORY_BYTES, hard))
+    with suppress(ValueError):  # a stricter limit is there already
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, resource.getrlimit(resource.RLIMIT_DATA)[1]))
     connection = Connection(fd)
-    try:
+    with suppress(EOFError, ConnectionError):
         connection.send("ready")
         while True:
-            fields, settings = connection.recv()
+            fields, settings, seconds = connection.recv()
+            signal.alarm(seconds)  # ends us, out of a decoder that hangs too, should the parent be gone
             try:
                 visual = vars(read_visual(Sample(**fields), **settings))
-                reply = {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in visual.items()}, None
+                reply = {name: v.numpy() if isinstance(v, Tensor) else v for name, v in visual.items()}, None
             except VideoError as error:
                 reply = None, str(error)
-            except MemoryError:
-                reply = None, f"{fields['video'] or fields['image']!r}: needs more memory than a decoder may take"
+            signal.alarm(0)
             connection.send(reply)
-    except (EOFError, ConnectionError):
-        return
-
-
-class _Decoder:
-    """One decoding process, seen from the main one."""
-
-    def __init__(self):
-        ours, theirs = socket.socketpair()
-        with theirs:
-            command = [sys.executable, os.path.abspath(__file__), str(theirs.fileno()), str(os.getpid())]
-            self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
-                                            env={**os.environ, "OMP_NUM_THREADS": "1"})
-        self.connection = Connection(ours.detach())
-        self.lock = threading.Lock()
-
-    def wait_ready(self):
-        try:
-            started = self.connection.poll(_START_SECONDS) and self.connection.recv() == "ready"
-        except (EOFError, OSError):
-            started = False
-        if not started:
-            self.end()
-            raise RuntimeError(f"a decoding process did not start (exit status {self.process.returncode})")
-
-    def end(self):
-        with self.lock:  # close() and the owning thread may both come here
-            self.process.kill()
-            self.process.wait()
-            self.connection.close()
 
 
 class VideoReader:
@@ -564,7 +482,7 @@ class VideoReader:
     with VideoReader(2, timeout=60, fps=1, max_frames=16, min_pixels=50176, max_pixels=50176) as reader:
         visual = reader.submit(sample).result()
 
-    A thread owns a process: one video that hangs or crashes its decoder costs that sample alone.
+    Each thread owns a process: a video that hangs or crashes its decoder costs that sample alone.
     """
 
     def __init__(self, processes: int = 2, timeout: float = 60.0, *, fps: float, max_frames: int, min_pixels: int,
@@ -572,7 +490,8 @@ class VideoReader:
         self.timeout = timeout
         self.settings = dict(fps=fps, max_frames=max_frames, min_pixels=min_pixels, max_pixels=max_pixels)
         self._threads = ThreadPoolExecutor(processes, thread_name_prefix="decode")
-        self._mine, self._lock, self._decoders, self._closed = threading.local(), threading.Lock(), set(), False
+        self._decoders: dict[int, tuple[subprocess.Popen, Connection]] = {}  # by thread
+        self._lock, self._closed = threading.Lock(), False
 
     def submit(self, sample: Sample, mask_seed=None) -> Future:
         """Future of Visual, or of VideoError: cannot be read, time-out, crash of the decoder.
@@ -581,45 +500,54 @@ class VideoReader:
         """
         return self._threads.submit(self._read, sample, mask_seed)
 
+    def _decoder(self) -> tuple[subprocess.Popen, Connection]:
+        """This thread's process, started if there is none or if it died."""
+        with self._lock:
+            if self._closed:
+                raise VideoError("the reader was closed")
+            process, connection = self._decoders.get(threading.get_ident(), (None, None))
+            if process is not None and process.poll() is None:
+                return process, connection
+            connection, theirs = multiprocessing.Pipe()
+            with theirs:
+                command = [sys.executable, os.path.abspath(__file__), str(theirs.fileno())]
+                process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+                                           env={**os.environ, "OMP_NUM_THREADS": "1"})
+            self._decoders[threading.get_ident()] = process, connection
+        with suppress(EOFError, OSError):
+            if connection.poll(START_SECONDS) and connection.recv() == "ready":
+                return process, connection
+        process.kill()
+        raise RuntimeError(f"a decoding process did not start (exit status {process.wait()})")
+
     def _read(self, sample: Sample, mask_seed) -> Visual:
-        decoder = getattr(self._mine, "decoder", None)
-        if decoder is None or decoder.process.poll() is not None:  # died idle: not this sample's fault
-            decoder = self._mine.decoder = self._restart(decoder)
-        path = sample.video or sample.image
+        process, connection = self._decoder()
         try:
-            decoder.connection.send((vars(sample), {**self.settings, "mask_seed": mask_seed}))
-            if decoder.connection.poll(self.timeout):
-                fields, reason = decoder.connection.recv()
+            settings = {**self.settings, "mask_seed": mask_seed}
+            connection.send((vars(sample), settings, math.ceil(self.timeout) + 1))
+            if connection.poll(self.timeout):
+                fields, reason = connection.recv()
                 if reason is not None:
                     raise VideoError(reason)
                 return Visual(**{k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in fields.items()})
             reason = f"not decoded within {self.timeout:g} s"
         except (EOFError, OSError):
             reason = "its decoding process died"
-        decoder.end()
-        raise VideoError(f"{path!r}: {'the reader was closed' if self._closed else reason}")
+        process.kill()
+        process.wait()
+        reason = "the reader was closed" if self._closed else reason
+        raise VideoError(f"{sample.video or sample.image!r}: {reason}")
 
-    def _restart(self, dead: Optional[_Decoder]) -> _Decoder:
-        if dead is not None:
-            dead.end()
-        with self._lock:
-            if self._closed:
-                raise VideoError("the reader was closed")
-            self._decoders.discard(dead)
-            decoder = _Decoder()
-            self._decoders.add(decoder)
-        decoder.wait_ready()  # outside the time limit of a video
-        return decoder
-
-    def close(self):
+    def close(self) -> None:
         """Ends the processes at once; reads under way fail, reads not begun are cancelled."""
         with self._lock:
             self._closed = True
-            for decoder in self._decoders:
-                decoder.process.kill()  # its thread, if it waits, sees the end of the connection
+            for process, _ in self._decoders.values():
+                process.kill()  # its thread, if it waits, sees the end of the connection
         self._threads.shutdown(wait=True, cancel_futures=True)
-        for decoder in self._decoders:
-            decoder.end()
+        for process, connection in self._decoders.values():
+            process.wait()
+            connection.close()
 
     def __enter__(self):
         return self
@@ -628,24 +556,25 @@ class VideoReader:
         self.close()
 
 
-# ---------------------------------------------------------------- prompts
+# ------------------------------------------------------------------------------------------------------------- prompts
+
 @dataclass
 class Prompt:
     """A sample as the model takes it: P tokens, N patches, F visual steps."""
     sample: Sample
-    input_ids: torch.Tensor                  # int64 [P]
-    patches: torch.Tensor                    # float32 [N, 1176]
-    masked_patches: Optional[torch.Tensor]
+    input_ids: Tensor  # int64 [P]
+    patches: Tensor  # float32 [N, 1176]
+    masked_patches: Optional[Tensor]
     video_grids: list[tuple[int, int, int]]
     image_grids: list[tuple[int, int, int]]
     seconds_per_grid: list[float]
-    frame_of_token: torch.Tensor             # int64 [P]: visual step of a video token, -1 elsewhere
-    num_steps: int                           # F; 0 without a video
+    frame_of_token: Tensor  # int64 [P]: visual step of a video token, -1 elsewhere
+    num_steps: int  # F; 0 without a video
 
 
 def prompt_text(sample: Sample, visual: Optional[Visual]) -> str:
     """The user's words: question, options a line each, instruction (Fig. E; Fig. D for grounding)."""
-    question = "\n".join([sample.question] + [f"{chr(65 + i)}. {words}" for i, words in enumerate(sample.options)])
+    question = "\n".join([sample.question] + [f"{letter}. {words}" for letter, words in zip(LETTERS, sample.options)])
     if sample.kind != "grounding":
         return (f"{question}\nOutput the thinking process in <think> </think> and final answer in <answer> </answer> "
                 "tags, i.e., <think> reasoning process here </think><answer> answer here </answer>.")
@@ -669,63 +598,60 @@ def build_prompt(sample: Sample, visual: Visual, tokenizer) -> Prompt:
     content = [{"type": "video"}] * len(visual.video_grids) + [{"type": "image"}] * len(visual.image_grids)
     chat = tokenizer.apply_chat_template([{"role": "user", "content": content + [{"type": "text", "text": words}]}],
                                          add_generation_prompt=True, tokenize=False)
-    ids, steps = [], []
+    tokens = tokenizer(chat, add_special_tokens=False)["input_ids"]
     video, image = (tokenizer.convert_tokens_to_ids(token) for token in ("<|video_pad|>", "<|image_pad|>"))
     grids = {video: list(visual.video_grids), image: list(visual.image_grids)}
-    for token in tokenizer(chat, add_special_tokens=False)["input_ids"]:
-        if token not in grids:
+    if any(tokens.count(token) != len(grids[token]) for token in grids):
+        raise ValueError("the chat template does not place each video and picture once; is it Qwen2.5-VL's?")
+    ids, steps = [], []
+    for token in tokens:
+        if token in grids:
+            t, h, w = grids[token].pop(0)
+            ids += [token] * (t * h * w // 4)
+            steps += [step if token == video else -1 for step in range(t) for _ in range(h * w // 4)]
+        else:
             ids.append(token)
             steps.append(-1)
-            continue
-        if not grids[token]:
-            raise ValueError("the chat template places more videos or pictures than the sample has")
-        t, h, w = grids[token].pop(0)
-        ids += [token] * (t * h * w // 4)
-        steps += np.repeat(np.arange(t), h * w // 4).tolist() if token == video else [-1] * (t * h * w // 4)
-    if grids[video] or grids[image]:
-        raise ValueError("the chat template does not place the sample's video or picture; is it Qwen2.5-VL's?")
+    num_steps = sum(t for t, _, _ in visual.video_grids)
+    step = sample.crucial_step
+    if step is not None and (visual.seconds_per_grid != [2.0] or step >= num_steps):  # other frames make other steps
+        sample = replace(sample, crucial_step=None)
     return Prompt(sample, torch.tensor(ids), visual.patches, visual.masked_patches, visual.video_grids,
-                  visual.image_grids, visual.seconds_per_grid, torch.tensor(steps),
-                  sum(t for t, _, _ in visual.video_grids))
+                  visual.image_grids, visual.seconds_per_grid, torch.tensor(steps), num_steps)
 
 
-# ---------------------------------------------------------------- batches
 def read_ahead(reader: VideoReader, batches: Iterable[dict]) -> Iterator[dict[int, tuple[Sample, Future]]]:
     """Batches {position: (sample, its Visual to come)}, each being decoded while the one before it is at work.
 
     batches: dicts {position: (sample, mask_seed or None)}; the position is the caller's and names the sample's place.
     """
-    ahead = None
-    for batch in batches:
-        coming = {position: (sample, reader.submit(sample, mask)) for position, (sample, mask) in batch.items()}
-        if ahead is not None:
-            yield ahead
-        ahead = coming
-    if ahead is not None:
-        yield ahead
+    coming = ({position: (sample, reader.submit(sample, mask)) for position, (sample, mask) in batch.items()}
+              for batch in batches)
+    for batch, _ in pairwise(chain(coming, [None])):  # the next batch is submitted before this one is handed out
+        yield batch
 
 
-def build_prompts(batch: dict[int, tuple[Sample, Future]], tokenizer, max_tokens: int) -> tuple[dict[int, Prompt], list[dict]]:
+def build_prompts(batch: dict[int, tuple[Sample, Future]], tokenizer, max_tokens: int
+                  ) -> tuple[dict[int, Prompt], list[dict]]:
     """The prompts of a batch by position, and a record of every sample that is left out, with the reason: what cannot
     be read (`unreadable`), and prompts of more than `max_tokens` tokens, which are never cut."""
     prompts, skipped = {}, []
     for position, (sample, visual) in batch.items():
         try:
-            prompt, reason = build_prompt(sample, visual.result(), tokenizer), None
+            prompt = build_prompt(sample, visual.result(), tokenizer)
             if len(prompt.input_ids) <= max_tokens:
                 prompts[position] = prompt
-            else:
-                reason = f"prompt of {len(prompt.input_ids)} tokens, over the limit of {max_tokens}"
-            unreadable = False
+                continue
+            reason, unreadable = f"prompt of {len(prompt.input_ids)} tokens, over the limit of {max_tokens}", False
         except VideoError as error:
             reason, unreadable = str(error), True
-        if reason:
-            skipped.append(dict(position=position, id=sample.id, path=sample.video or sample.image, reason=reason,
-                                unreadable=unreadable))
+        skipped.append(dict(position=position, id=sample.id, path=sample.video or sample.image, reason=reason,
+                            unreadable=unreadable))
     return prompts, skipped
 
 
-# ---------------------------------------------------------------- rewards (linear time on any text)
+# --------------------------------------------------------------------------------- rewards, in linear time on any text
+
 def _element(text: str, tag: str) -> Optional[str]:
     """What stands in the only <tag> element; None if there are none or several, or it is not closed."""
     opened, closed = f"<{tag}>", f"</{tag}>"
@@ -741,14 +667,11 @@ def _plain(text: str) -> str:
 
 def match_choice(text: str, options: list[str]) -> Optional[int]:
     """Index of the option that a text names: "C", "C.", "(C)", "C. the words" or the words alone; else None."""
-    text = text.strip()
-    bracketed = text[:1] == "(" and text[2:3] == ")"
-    letter, rest = (text[1], text[3:]) if bracketed else (text[:1], text[1:])
-    marked = bracketed or rest[:1] in (".", ")", ":")
-    rest = _plain(rest[1:] if marked and not bracketed else rest)
-    index = ord(letter) - 65 if letter else -1
-    if 0 <= index < len(options) and (not rest or marked and rest == _plain(options[index])):
-        return index
+    match = re.match(r"\(([A-Z])\)|([A-Z])[.):]|([A-Z])(?=[\s.]*$)", text.strip())
+    if match:
+        index, rest = LETTERS.index(match[match.lastindex]), _plain(text.strip()[match.end():])
+        if index < len(options) and rest in ("", _plain(options[index])):
+            return index
     same = [i for i, words in enumerate(options) if _plain(words) == _plain(text) != ""]
     return same[0] if len(same) == 1 else None  # words that two options share name neither
 
@@ -785,20 +708,16 @@ def accuracy_reward(response: str, sample: Sample) -> float:
         pred = _number(answer)
         return 0.0 if pred is None else mean_relative_accuracy(pred, _number(sample.answer))
     choice = match_choice(answer, sample.options)
-    return float(choice is not None and chr(65 + choice) == sample.answer)
+    return float(choice is not None and LETTERS[choice] == sample.answer)
 
 
 def format_reward(response: str, sample: Sample) -> float:
     """1.0 for <think>..</think><answer>..</answer> (grounding: then <time>..</time>) and nothing else but space."""
-    rest = response
-    for tag in ("think", "answer", "time")[:3 if sample.kind == "grounding" else 2]:
-        opened, closed, rest = f"<{tag}>", f"</{tag}>", rest.lstrip()
-        if response.count(opened) != 1 or response.count(closed) != 1 or not rest.startswith(opened):
-            return 0.0
-        _, found, rest = rest.partition(closed)
-        if not found:
-            return 0.0
-    return float(not rest.strip())
+    tags = ("think", "answer", "time") if sample.kind == "grounding" else ("think", "answer")
+    if any(response.count(mark) != 1 for tag in tags for mark in (f"<{tag}>", f"</{tag}>")):
+        return 0.0
+    elements = r"\s*".join(f"<{tag}>.*</{tag}>" for tag in tags)
+    return float(re.fullmatch(rf"\s*{elements}\s*", response, re.DOTALL) is not None)
 
 
 _SECONDS = r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)) ?(?:s|secs?|seconds?)?"
@@ -821,22 +740,18 @@ def temporal_iou(pred_spans, label_spans, duration: float) -> tuple[float, float
 
     IoU = |P and T| / |P or T|, IoP = |P and T| / |P|; 0 for an empty P. P = 2 to 6, T = 4 to 10 -> (0.25, 0.5).
     """
-    def union(spans):
-        merged = []
-        for start, end in sorted((min(max(s, 0.0), duration), min(max(e, 0.0), duration)) for s, e in spans):
-            if merged and start <= merged[-1][1]:
-                merged[-1][1] = max(merged[-1][1], end)
-            elif start < end:
-                merged.append([start, end])
-        return merged
+    pred, label = (np.array(spans, dtype=float).reshape(-1, 2).clip(0, duration) for spans in (pred_spans, label_spans))
+    pred, label = (spans[spans[:, 0] < spans[:, 1]] for spans in (pred, label))
+    edges = np.unique(np.concatenate([pred, label]))  # they cut the time into pieces, each inside or outside of a union
+    lengths = np.diff(edges)
 
-    pred, label = union(pred_spans), union(label_spans)
-    size = [sum(end - start for start, end in spans) for spans in (pred, label)]
-    both, i, j = 0.0, 0, 0
-    while i < len(pred) and j < len(label):
-        both += max(0.0, min(pred[i][1], label[j][1]) - max(pred[i][0], label[j][0]))
-        i, j = (i + 1, j) if pred[i][1] < label[j][1] else (i, j + 1)
-    return (both / (size[0] + size[1] - both), both / size[0]) if size[0] > 0 else (0.0, 0.0)
+    def covered(spans):  # bool [pieces]: up to its start more spans have begun than ended
+        begun, ended = (np.searchsorted(np.sort(column), edges[:-1], side="right") for column in spans.T)
+        return begun > ended
+
+    in_pred, in_label = covered(pred), covered(label)
+    both, either, own = (float(lengths[part].sum()) for part in (in_pred & in_label, in_pred | in_label, in_pred))
+    return (both / either, both / own) if own > 0 else (0.0, 0.0)
 
 
 def temporal_iou_reward(response: str, sample: Sample) -> float:
@@ -853,8 +768,8 @@ def task_reward(response: str, sample: Sample) -> tuple[float, float, float]:
     return 0.9 * accuracy + 0.1 * form, accuracy, form
 
 
-# ---------------------------------------------------------------- the built-in task
-# 16 frames of 56 x 56, two a visual step: each step shows one of 8 shapes in one of 4 cells, each colour comes twice.
+# --------------------------------------------------------------------------------------------------- the built-in task
+
 def _star(x, y):
     to_tip = np.abs((np.arctan2(x, -y) * 2.5 / np.pi + 0.5) % 1 - 0.5) * 2  # 0 towards a tip, 1 between two
     return np.hypot(x, y) < 0.4 + 0.6 * (1 - to_tip) ** 2
@@ -877,17 +792,18 @@ _TOY_LEADS = ("the", "i see a", "there is a", "look at the video : a")
 
 
 def _toy_plan(rng: np.random.Generator) -> tuple[list[str], list[str], list[int]]:
-    # each colour exactly twice: with colours drawn freely a model learns to guess the majority
+    """What the 8 steps show: each shape once, and each colour twice, so that no colour is the better guess."""
     shapes = [TOY_SHAPES[i] for i in rng.permutation(8)]
     colours = [TOY_COLOURS[i % 4] for i in rng.permutation(8)]
     return shapes, colours, rng.integers(4, size=8).tolist()
 
 
-def toy_video(rng: np.random.Generator) -> tuple[torch.Tensor, list[str], list[str], list[int]]:
+def toy_video(rng: np.random.Generator) -> tuple[Tensor, list[str], list[str], list[int]]:
     """One built-in video: (frames uint8 [16, 3, 56, 56], shapes [8], colours [8], cells [8]).
 
-    Entry s of the lists is visual step s (frames 2s and 2s + 1, equal but for noise); cell c is row c // 2, column
-    c % 2, so merged token 4 * s + c of the video holds the shape. Noise: 20 grey levels, 0.3 after normalisation.
+    Entry s of the lists is visual step s (frames 2s and 2s + 1, equal but for noise): one shape in one of four cells.
+    Cell c is row c // 2, column c % 2, so merged token 4 * s + c of the video holds the shape. Noise: 20 grey levels,
+    0.3 after normalisation.
     """
     shapes, colours, cells = _toy_plan(rng)
     frames = np.full((8, 1, 56, 56, 3), 60.0)
@@ -900,30 +816,37 @@ def toy_video(rng: np.random.Generator) -> tuple[torch.Tensor, list[str], list[s
     return torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous(), shapes, colours, cells
 
 
+def _toy_sample(shape: str, colour: str, step: Optional[int] = None) -> Sample:
+    return Sample("built-in", f"what colour is the {shape} ?", list(TOY_COLOURS), LETTERS[TOY_COLOURS.index(colour)],
+                  "choice", crucial_step=step)
+
+
 def toy_response(shape: str, colour: str, rng: np.random.Generator) -> str:
     """A right answer in one of four wordings; the shape stands directly before the colour."""
-    lead, letter = _TOY_LEADS[rng.integers(len(_TOY_LEADS))], chr(65 + TOY_COLOURS.index(colour))
-    return f"<think> {lead} {shape} {colour} </think> <answer> {letter} </answer>"
-
-
-def _toy_question(shape: str) -> str:
-    return f"what colour is the {shape} ?"
+    lead = _TOY_LEADS[rng.integers(len(_TOY_LEADS))]
+    return f"<think> {lead} {shape} {colour} </think> <answer> {_toy_sample(shape, colour).answer} </answer>"
 
 
 def toy_vocabulary() -> list[str]:
     """Every word (TOY_TOKEN) of the built-in prompts and responses, each once."""
-    asked = [prompt_text(Sample("", _toy_question(s), list(TOY_COLOURS), "A", "choice"), None) for s in TOY_SHAPES]
+    asked = [prompt_text(_toy_sample(shape, "red"), None) for shape in TOY_SHAPES]
     return list(dict.fromkeys(re.findall(TOY_TOKEN, " ".join([*asked, *_TOY_LEADS, *TOY_COLOURS]))))
 
 
-def write_avi(path, frames: torch.Tensor, fps: float) -> None:
+def _write_whole(path: Path, content: bytes) -> None:
+    beside = path.with_name(f"{path.name}.{os.getpid()}")
+    beside.write_bytes(content)
+    os.replace(beside, path)  # an interrupted run leaves the whole file or none
+
+
+def write_avi(path, frames: Tensor, fps: float) -> None:
     """Writes uint8 [T, 3, H, W] as uncompressed 24-bit AVI, the one kind of video that needs no encoder."""
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return name + struct.pack("<I", len(data)) + data + b"\0" * (len(data) % 2)
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return name + struct.pack("<I", len(content)) + content + b"\0" * (len(content) % 2)
 
     count, _, height, width = frames.shape
-    rows = frames.permute(0, 2, 3, 1).flip(1, 3).reshape(count, height, width * 3)        # bottom row first, BGR
-    rows = F.pad(rows, (0, -width * 3 % 4)).contiguous().numpy()                         # rows of whole 4 bytes
+    rows = frames.permute(0, 2, 3, 1).flip(1, 3).reshape(count, height, width * 3)  # bottom row first, BGR
+    rows = F.pad(rows, (0, -width * 3 % 4)).contiguous().numpy()  # rows of whole 4 bytes
     size, rate = rows[0].nbytes, Fraction(fps).limit_denominator(1001)
     header = struct.pack("<10I16x", round(1e6 / rate), int(size * rate), 0, 0x10, count, 0, 1, size, width, height)
     stream = struct.pack("<4s4sIHHIIIIIIII4H", b"vids", b"DIB ", 0, 0, 0, 0, rate.denominator, rate.numerator, 0, count,
@@ -936,19 +859,13 @@ def write_avi(path, frames: torch.Tensor, fps: float) -> None:
     _write_whole(Path(path), chunk(b"RIFF", b"AVI " + lists + chunk(b"LIST", movie) + chunk(b"idx1", index)))
 
 
-def _write_whole(path: Path, data: bytes) -> None:
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
-    beside.write_bytes(data)
-    os.replace(beside, path)  # an interrupted run leaves the whole file or none
-
-
 def make_toy_data(folder, videos: tuple[int, int] = (512, 128), questions: int = 4, seed: int = 0) -> None:
     """Makes folder/train.json, folder/test.json (Video-R1 format) and folder/videos/*.avi, 16 s at 1 frame a second.
 
-    videos: how many to train and to test on; questions: about each. All follows from the seed, and whole files of
-    an earlier call are kept.
+    videos: how many to train and to test on; questions: about each. All follows from the seed, and whole files of an
+    earlier call are kept.
     """
-    folder = Path(folder)
+    folder, options = Path(folder), [f"{letter}. {colour}" for letter, colour in zip(LETTERS, TOY_COLOURS)]
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     for split, (name, count) in enumerate(zip(("train", "test"), videos)):
         records = []
@@ -958,61 +875,56 @@ def make_toy_data(folder, videos: tuple[int, int] = (512, 128), questions: int =
             if not (folder / path).exists():
                 write_avi(folder / path, toy_video(np.random.default_rng([seed, split, number]))[0], 1)
             for step in np.random.default_rng([seed, split, number, 1]).permutation(8)[:questions].tolist():
+                sample = _toy_sample(shapes[step], colours[step])
                 records.append(dict(
-                    problem_id=len(records), problem=_toy_question(shapes[step]), data_type="video",
-                    problem_type="multiple choice", path=path, data_source="built-in", duration=16.0, crucial_step=step,
-                    options=[f"{chr(65 + i)}. {colour}" for i, colour in enumerate(TOY_COLOURS)],
-                    solution=f"<answer>{chr(65 + TOY_COLOURS.index(colours[step]))}</answer>"))
-        text = json.dumps(records, indent=1).encode()
-        if not (folder / f"{name}.json").exists() or (folder / f"{name}.json").read_bytes() != text:
-            _write_whole(folder / f"{name}.json", text)
+                    problem_id=len(records), problem=sample.question, data_type="video", problem_type="multiple choice",
+                    path=path, data_source="built-in", duration=16.0, crucial_step=step, options=options,
+                    solution=f"<answer>{sample.answer}</answer>"))
+        text, file = json.dumps(records, indent=1).encode(), folder / f"{name}.json"
+        if not file.exists() or file.read_bytes() != text:
+            _write_whole(file, text)
 
 
 @dataclass
 class Lesson:
     """Supervision for the tiny model: a built-in video, a question about each of its 8 steps, and the answers."""
-    prompt: Prompt               # up to the end of the video
-    token_words: torch.Tensor    # [visual tokens, 2]: ids of the shape and the colour that a token shows; padding: empty
-    response_ids: torch.Tensor   # [8, R]: the rest of the prompts, then the responses
-    response_mask: torch.Tensor  # bool [8, R]
-    target_mask: torch.Tensor    # bool [8, R]: the responses alone
+    prompt: Prompt  # up to the end of the video
+    token_words: Tensor  # [visual tokens, 2]: ids of the shape and the colour that a token shows; padding: empty
+    response_ids: Tensor  # [8, R]: the rest of the prompts, then the responses
+    response_mask: Tensor  # bool [8, R]
+    target_mask: Tensor  # bool [8, R]: the responses alone
 
 
 def toy_prompt(rng: np.random.Generator, tokenizer, step: int = 0) -> tuple[Prompt, list[str], list[str], list[int]]:
     """A built-in video that is in no file, and the question about one of its steps: (prompt, shapes, colours, cells)."""
     frames, shapes, colours, cells = toy_video(rng)
     patches, grid = frames_to_patches(frames, 3136, 3136)
-    answer = chr(65 + TOY_COLOURS.index(colours[step]))
-    sample = Sample("built-in", _toy_question(shapes[step]), list(TOY_COLOURS), answer, "choice", crucial_step=step)
-    return build_prompt(sample, Visual(patches, None, [grid], [], [2.0], 16.0, 16), tokenizer), shapes, colours, cells
+    sample, visual = _toy_sample(shapes[step], colours[step], step), Visual(patches, None, [grid], [], [2.0], 16.0, 16)
+    return build_prompt(sample, visual, tokenizer), shapes, colours, cells
 
 
 def toy_lessons(tokenizer, count: int, seed: int) -> list[Lesson]:
     """Lessons about `count` videos that are in neither train.json nor test.json."""
-    lessons, ends = [], {}
+    ends, lessons = {}, []
+    for step in range(8):  # after the video, all prompts about a shape are alike
+        prompt, shapes, _, _ = toy_prompt(np.random.default_rng(0), tokenizer, step)
+        shared = int((prompt.frame_of_token >= 0).nonzero().max()) + 2  # through the video and its end mark
+        ends[shapes[step]] = prompt.input_ids[shared:].tolist()
     for number in range(count):
         rng = np.random.default_rng([seed, 2, number])
         prompt, shapes, colours, cells = toy_prompt(rng, tokenizer)
-        shared = int((prompt.frame_of_token >= 0).nonzero().max()) + 2  # through the video and its end mark
-        words, rows = torch.full((8, 4, 2), tokenizer.pad_token_id), []
-        for step, (shape, colour, cell) in enumerate(zip(shapes, colours, cells)):
-            words[step, cell] = torch.tensor(tokenizer.convert_tokens_to_ids([shape, colour]))
-            if shape not in ends:  # the prompts about a shape are alike after the video
-                asked = replace(prompt.sample, question=_toy_question(shape))
-                visual = Visual(prompt.patches, None, prompt.video_grids, [], [2.0], 16.0, 16)
-                ends[shape] = build_prompt(asked, visual, tokenizer).input_ids[shared:].tolist()
-            response = tokenizer(toy_response(shape, colour, rng)).input_ids + [tokenizer.eos_token_id]
-            rows.append((ends[shape], response))
-        length = max(len(end) + len(response) for end, response in rows)
-        ids, real, target = torch.zeros(8, length, dtype=torch.long), *torch.zeros(2, 8, length, dtype=torch.bool)
-        for row, (end, response) in enumerate(rows):
-            ids[row, :len(end) + len(response)] = torch.tensor(end + response)
-            real[row, :len(end) + len(response)] = True
-            target[row, len(end):len(end) + len(response)] = True
-        beginning = replace(prompt, input_ids=prompt.input_ids[:shared], frame_of_token=prompt.frame_of_token[:shared])
-        lessons.append(Lesson(beginning, words.flatten(0, 1), ids, real, target))
+        prompt = replace(prompt, input_ids=prompt.input_ids[:shared], frame_of_token=prompt.frame_of_token[:shared])
+        words = torch.full((8, 4, 2), tokenizer.pad_token_id)
+        words[range(8), cells] = torch.tensor([tokenizer.convert_tokens_to_ids(list(pair)) for pair in zip(shapes, colours)])
+        rows = [ends[shape] + tokenizer(toy_response(shape, colour, rng)).input_ids + [tokenizer.eos_token_id]
+                for shape, colour in zip(shapes, colours)]
+        ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)  # [8, R]
+        place = torch.arange(ids.shape[1])
+        real = place < torch.tensor([[len(row)] for row in rows])
+        target = real & (place >= torch.tensor([[len(ends[shape])] for shape in shapes]))
+        lessons.append(Lesson(prompt, words.flatten(0, 1), ids, real, target))
     return lessons
 
 
-if __name__ == "__main__":  # started by VideoReader: socket and parent's process id
-    _serve(int(sys.argv[1]), int(sys.argv[2]))
+if __name__ == "__main__":  # started by VideoReader
+    _serve(int(sys.argv[1]))

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterable
@@ -21,6 +22,7 @@ from typing import Callable, Iterable
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as checkpoints
+import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -35,16 +37,16 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import cached_file
 
 
-class ModelError(ValueError):
-    """A model folder that cannot be used; the message is one line that names the thing and the mend."""
+class RunError(RuntimeError):
+    """A model, setting or folder that cannot be used, or a run that cannot go on: one line that names it and the mend."""
 
 
 # ------------------------------------------------------------------------------------------------- load and save
 
 def load_model(name: str, dtype: torch.dtype, device: torch.device):
-    """(model, tokenizer) of a Qwen2.5-VL folder or hub name; a model of another type or with holes is a ModelError."""
+    """(model, tokenizer) of a Qwen2.5-VL folder or hub name; a model of another type or with holes is a RunError."""
     if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise ModelError(f"{name}: no such folder; give a folder with config.json, tokenizer and weights, or a hub name")
+        raise RunError(f"{name}: no such folder; give a folder with config.json, tokenizer and weights, or a hub name")
     try:
         kind = AutoConfig.from_pretrained(name).model_type
         if kind != "qwen2_5_vl":
@@ -53,10 +55,10 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device):
         model, loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             name, dtype=dtype, attn_implementation="grouped_decoding", output_loading_info=True)
     except (OSError, ValueError, SafetensorError) as error:  # what transformers raises for absent or broken files
-        raise ModelError(f"{name}: no usable model ({str(error).splitlines()[0]}); give a hub name or a folder with the "
+        raise RunError(f"{name}: no usable model ({str(error).splitlines()[0]}); give a hub name or a folder with the "
                          "configuration, tokenizer and weights of a model of type qwen2_5_vl") from error
     if holes := sorted(loaded["missing_keys"]):
-        raise ModelError(f"{name}: the weights lack {len(holes)} tensors, the first {holes[0]}; get the whole checkpoint")
+        raise RunError(f"{name}: the weights lack {len(holes)} tensors, the first {holes[0]}; get the whole checkpoint")
     return model.to(device).eval().requires_grad_(False), tokenizer
 
 
@@ -78,12 +80,13 @@ def save_checkpoint(folder: Path, model, tokenizer, source: str | None, policy=N
         if policy is not None:
             checkpoints.save(training_state(policy, optimizer), checkpoint_id=partial / "training")
         if main:
-            (partial / "state.json").write_text(json.dumps(state or {}))
+            if state is not None:
+                (partial / "state.json").write_text(json.dumps(state))
             if Path(folder).exists():
                 shutil.rmtree(folder)
             partial.rename(folder)
     except (OSError, SafetensorError, checkpoints.CheckpointException) as error:
-        raise ModelError(f"{folder}: cannot be written ({' '.join(str(error).split())[:300]}); make room on the disk. "
+        raise RunError(f"{folder}: cannot be written ({' '.join(str(error).split())[:300]}); make room on the disk. "
                          "The last whole checkpoint stands, go on from it with --resume") from error
     if dist.is_initialized():
         dist.barrier()
@@ -94,13 +97,51 @@ def training_state(policy, optimizer) -> dict:
     return {"policy": weights, "optimizer": moments}
 
 
-def load_checkpoint(folder: Path, model, policy, optimizer) -> dict:
-    """Load what `save_checkpoint` wrote, on any number of processes; returns its state."""
+def load_checkpoint(folder: Path, model, policy, optimizer) -> None:
+    """Load what `save_checkpoint` wrote, on any number of processes."""
     loaded = training_state(policy, optimizer)
     checkpoints.load(loaded, checkpoint_id=Path(folder) / "training")
     set_state_dict(policy, optimizer, model_state_dict=loaded["policy"], optim_state_dict=loaded["optimizer"])
     refresh(model, policy)
-    return json.loads((Path(folder) / "state.json").read_text())
+
+
+def open_run_folder(output: Path, settings: dict, free: tuple[str, ...]) -> dict:
+    """Prepare a run's folder, all processes together. A new run moves an earlier one aside: nothing is lost.
+
+    With settings["resume"] the logs are cut back to the newest whole checkpoint, and its state is returned with its path
+    as "checkpoint"; {} if there is none yet. All settings but the `free` ones must be those of the run.
+    """
+    config, state, main = output / "config.json", {}, dist.get_rank() == 0
+    if settings["resume"]:
+        if not config.exists():
+            raise RunError(f"{output}: no run to resume; leave --resume away or mend --output")
+        for name, was in json.loads(config.read_text())["settings"].items():
+            if settings.get(name) != was and name not in ("resume", *free):
+                raise RunError(f"--{name} is {settings.get(name)} and was {was} in {output}; resume with the same settings")
+        whole = sorted(folder for folder in output.glob("step-??????") if (folder / "state.json").exists())
+        if whole:
+            state = json.loads((whole[-1] / "state.json").read_text()) | {"checkpoint": whole[-1]}
+        dist.barrier()
+        for log in output.glob("*.jsonl") if main else ():
+            lines = [line for line in log.read_text().splitlines(keepends=True)  # the last may be half a line
+                     if line.endswith("\n") and json.loads(line)["step"] <= state.get("step", 0)]
+            log.with_suffix(".cut").write_text("".join(lines))
+            log.with_suffix(".cut").replace(log)
+    elif main:
+        if config.exists():
+            number = next(n for n in range(1, 1 << 20) if not output.with_name(f"{output.name}.{n}").exists())
+            output.rename(output.with_name(f"{output.name}.{number}"))
+            print(f"the earlier run is now {output}.{number}", file=sys.stderr)
+        output.mkdir(parents=True, exist_ok=True)
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__, "processes": dist.get_world_size()}
+        config.write_text(json.dumps({"settings": settings} | versions, indent=1))
+    dist.barrier()
+    return state
+
+
+def read_log(log: Path) -> list[dict]:
+    """The records of a .jsonl file, none if it is not there."""
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 
 def end_token_ids(model) -> Tensor:
@@ -482,7 +523,7 @@ def warm_up(model, lessons: list, good_enough: Callable[[nn.Module], bool], *, b
     token shows, the padding id where it is empty), response_ids, response_mask and target_mask [questions, R]: the rest
     of the prompts and the responses after it, and which of those tokens to learn. Two stages: the vision tower learns
     to say what each token shows, without which nothing is learned; then, frozen, the language model learns to answer.
-    Raises ModelError if the model never is good enough.
+    Raises RunError if the model never is good enough.
     """
     order = torch.Generator().manual_seed(seed)
     bar = tqdm(total=align_steps + max_steps, desc="warm-up")
@@ -525,4 +566,4 @@ def warm_up(model, lessons: list, good_enough: Callable[[nn.Module], bool], *, b
             if good_enough(model):
                 bar.close()
                 return
-    raise ModelError(f"the built-in model did not learn its task in {max_steps} steps; try another --seed")
+    raise RunError(f"the built-in model did not learn its task in {max_steps} steps; try another --seed")
