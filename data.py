@@ -16,7 +16,7 @@ import struct
 import subprocess
 import sys
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -73,30 +73,30 @@ class _Record:
     def error(self, name: str, mend: str) -> DataError:
         return DataError(f"{self.where}, field '{name}': {mend}")
 
+    def check(self, right, name: str, mend: str) -> None:
+        if not right:
+            raise self.error(name, mend)
+
     def text(self, name: str, value=...) -> str:
         value = self.fields.get(name) if value is ... else value
-        if not isinstance(value, str) or not value.strip() or any("\ud800" <= c <= "\udfff" for c in value):
-            raise self.error(name, "missing or no text; write a non-empty string of valid Unicode")
+        valid = isinstance(value, str) and value.strip() and not re.search("[\ud800-\udfff]", value)
+        self.check(valid, name, "missing or no text; write a non-empty string of valid Unicode")
         return value.strip()
 
     def texts(self, name: str) -> list[str]:
         values = self.fields.get(name)
-        if not isinstance(values, list):
-            raise self.error(name, "missing or no list; write a list of strings")
+        self.check(isinstance(values, list), name, "missing or no list; write a list of strings")
         return [" ".join(self.text(name, value).split()) for value in values]  # one line each
 
     def number(self, name: str, value=...) -> Optional[float]:
         value = self.fields.get(name) if value is ... else value
-        if value is None:
-            return None
-        if type(value) not in (int, float) or not abs(value) < 1e9:  # NaN and infinity fail as well
-            raise self.error(name, "not a finite number; write seconds or a count")
-        return float(value)
+        finite = type(value) in (int, float) and abs(value) < 1e9
+        self.check(value is None or finite, name, "not a finite number; write seconds or a count")
+        return None if value is None else float(value)
 
     def options(self, words: list[str], name: str = "options") -> list[str]:
-        """The words without their letters, "A. a book" or "(A) a book", if all have theirs."""
-        if not 2 <= len(words) <= 26:
-            raise self.error(name, f"{len(words)} options; a choice needs 2 to 26")
+        self.check(2 <= len(words) <= 26, name, f"{len(words)} options; a choice needs 2 to 26")
+        # "A. a book", "A) a book", "A: a book" or "(A) a book"; if all have their letters, those are no words
         lettered = [re.fullmatch(rf"(?s)(?:\({c}\)|{c}[.):])\s*(.*)", w) for c, w in zip(LETTERS, words)]
         return [match[1] for match in lettered] if all(lettered) else words
 
@@ -105,33 +105,28 @@ class _Record:
         return (_element(text, "answer") or "") if "<answer>" in text else text
 
     def answer(self, name: str, options: list[str]) -> str:
-        """The letter of the right option."""
-        choice = match_choice(self.label(name), options)
-        if choice is None:
-            raise self.error(name, f"{self.label(name)[:60]!r} is not among the {len(options)} options; name a letter")
+        text, choice = self.text(name), match_choice(self.label(name), options)
+        self.check(choice is not None, name, f"{text[:60]!r} is not among the {len(options)} options; name a letter")
         return LETTERS[choice]
 
 
-# Readers of the formats: a record's fields as those of a Sample; None if no rule can score a response to it.
+# The readers of the formats: a Sample's fields from a record; None if no rule can score a response to it.
 def _read_video_r1(record: _Record, seed: list[int]) -> Optional[dict]:
     problem_type, step = record.text("problem_type"), record.fields.get("crucial_step")
-    if problem_type == "multiple choice":
-        options = record.options(record.texts("options"))
-        answer, kind = record.answer("solution", options), "choice"
-    elif problem_type in ("numerical", "regression"):
-        options, answer, kind = [], record.label("solution"), "number"
+    if problem_type in ("OCR", "free-form"):
+        return None
+    if problem_type in ("numerical", "regression"):
+        kind, options, answer = "number", [], record.label("solution")
         if _number(answer) is None or re.search(r"\s\d", answer):  # "1/2", "1 1/2", "3 x 10^5"
             return None
-    elif problem_type in ("OCR", "free-form"):
-        return None
     else:
-        raise record.error("problem_type", f"{problem_type[:60]!r} is unknown; use multiple choice, numerical, regression, "
-                                           "OCR or free-form")
+        record.check(problem_type == "multiple choice", "problem_type", f"{problem_type[:60]!r} is unknown; use "
+                     "multiple choice, numerical, regression, OCR or free-form")
+        kind, options = "choice", record.options(record.texts("options"))
+        answer = record.answer("solution", options)
     medium = record.text("data_type")
-    if medium not in ("video", "image"):
-        raise record.error("data_type", "write video or image")
-    if step is not None and (type(step) is not int or step < 0):
-        raise record.error("crucial_step", "no visual step; write an integer, counted from 0")
+    record.check(medium in ("video", "image"), "data_type", "write video or image")
+    record.check(step is None or type(step) is int and step >= 0, "crucial_step", "write an integer, counted from 0")
     group = record.text("data_source") if record.fields.get("data_source") else problem_type
     return {"question": record.text("problem"), "options": options, "answer": answer, "kind": kind, "group": group,
             "duration": record.number("duration"), "crucial_step": step, medium: record.text("path")}
@@ -139,20 +134,18 @@ def _read_video_r1(record: _Record, seed: list[int]) -> Optional[dict]:
 
 def _read_next_gqa(record: _Record, seed: list[int]) -> dict:
     options, answer = record.options(record.texts("options")), record.fields.get("answer")
-    if type(answer) is int or isinstance(answer, str) and re.fullmatch("[0-9]{1,2}", answer):  # counted from 0
-        if not 0 <= int(answer) < len(options):
-            raise record.error("answer", f"{answer} is not among the {len(options)} options; count from 0")
+    if re.fullmatch("[0-9]{1,2}", str(answer)):
+        record.check(int(answer) < len(options), "answer", f"not among the {len(options)} options; count from 0")
         answer = LETTERS[int(answer)]
     else:
         answer = record.answer("answer", options)
     spans, duration = record.fields.get("time_clues"), record.number("duration")
-    if not isinstance(spans, list) or not spans or any(not isinstance(s, list) or len(s) != 2 for s in spans):
-        raise record.error("time_clues", "write a list of [start, end] in seconds")
+    pairs = isinstance(spans, list) and spans and all(isinstance(s, list) and len(s) == 2 for s in spans)
+    record.check(pairs, "time_clues", "write a list of [start, end] in seconds")
     spans = [tuple(record.number("time_clues", time) for time in span) for span in spans]
-    if any(None in span or span[0] > span[1] for span in spans):
-        raise record.error("time_clues", "a span ends before it starts; write [start, end]")
-    if duration is None or duration <= 0:
-        raise record.error("duration", "missing or not above 0; write the seconds of the video")
+    ordered = all(None not in span and span[0] <= span[1] for span in spans)
+    record.check(ordered, "time_clues", "a span ends before it starts; write [start, end]")
+    record.check(duration and duration > 0, "duration", "missing or not above 0; write the seconds of the video")
     return dict(question=record.text("question"), options=options, answer=answer, kind="grounding", spans=spans,
                 duration=duration, group=str(record.fields.get("qtype", "")), video=record.text("video_path"))
 
@@ -164,15 +157,12 @@ def _read_seed_bench_r1(record: _Record, seed: list[int]) -> dict:
     else:  # training records name wrong answers: three of them, shuffled alike in every run
         right, rng = " ".join(record.text("answer").split()), np.random.default_rng(seed)
         wrong = [w for w in dict.fromkeys(record.texts("negative_answers")) if _plain(w) != _plain(right)]
-        if len(wrong) < 3:
-            raise record.error("negative_answers", f"{len(wrong)} wrong answers; write at least 3")
+        record.check(len(wrong) >= 3, "negative_answers", f"{len(wrong)} wrong answers; write at least 3")
         options = [wrong[i] for i in rng.choice(len(wrong), 3, replace=False)]
-        place = int(rng.integers(4))
-        options.insert(place, right)
-        answer = LETTERS[place]
+        answer = LETTERS[rng.integers(4)]
+        options.insert(LETTERS.index(answer), right)
     source, progress = record.text("video_source"), record.fields.get("task_progress_metadata")
-    if not isinstance(progress, list):
-        raise record.error("task_progress_metadata", "missing or no list; an empty list means no video")
+    record.check(isinstance(progress, list), "task_progress_metadata", "no list; an empty list means no video")
     return dict(question=record.text("question"), options=options, answer=answer, kind="choice", group=source,
                 duration=record.number("duration") or None,
                 video=f"videos/{source}/{record.text('video_basename')}" if progress else None,
@@ -180,21 +170,24 @@ def _read_seed_bench_r1(record: _Record, seed: list[int]) -> dict:
 
 
 # by the field that gives the format away: Video-R1 (Perception Test, the built-in task), NExT-GQA, SEED-Bench-R1
-_READERS = {"problem": _read_video_r1, "time_clues": _read_next_gqa, "current_observation_basename": _read_seed_bench_r1}
+_READERS = {"problem": _read_video_r1, "time_clues": _read_next_gqa,
+            "current_observation_basename": _read_seed_bench_r1}
 
 
 def _records(path: Path) -> list[dict]:
-    lines, records = path.suffix == ".jsonl", []
+    records = []
     try:
         text = path.read_text(encoding="utf-8-sig")
-        for part in filter(str.strip, text.split("\n")) if lines else [text]:  # splitlines would split at U+2028 too
-            records.append(json.loads(part))
+        if path.suffix == ".jsonl":
+            for line in filter(str.strip, text.split("\n")):  # not splitlines: a string may hold U+2028
+                records.append(json.loads(line))
+        else:
+            records = json.loads(text)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); give an annotation file (.json or .jsonl)") from None
+        raise DataError(f"{path}: cannot be read ({error.strerror}); give an annotation, .json or .jsonl") from None
     except (ValueError, RecursionError) as error:
-        at = f", record {len(records)}" if lines else ""
+        at = f", record {len(records)}" if path.suffix == ".jsonl" else ""
         raise DataError(f"{path}{at}: no JSON in UTF-8 ({error}); is the file complete?") from None
-    records = records if lines else records[0]
     if not isinstance(records, list) or not records:
         raise DataError(f"{path}: not a list of records; write [{{...}}, ...], or one record a line in .jsonl")
     for number, record in enumerate(records):
@@ -210,86 +203,72 @@ class _Finder:
         self.root, self.folder = root, folder
 
     @cached_property
-    def by_name(self) -> dict[str, list[str]]:
-        """The whole tree, walked once, and only if something is not found without."""
-        names = {}
+    def by_name(self) -> dict[str, list[str]]:  # walks the whole tree, once, if something is not found without
+        names = defaultdict(list)
         for folder, _, files in os.walk(self.root):
             for name in files:
-                names.setdefault(name, []).append(os.path.join(folder, name))
+                names[name].append(os.path.join(folder, name))
         return names
 
     def find(self, path: str) -> Optional[str]:
         if self.root is None:
-            places = [os.path.join(self.folder, path)]
-        else:  # as given, then ever shorter tails
-            parts = [part for part in path.split("/") if part not in ("", ".")]
-            places = [os.path.join(self.root, *parts[i:]) for i in range(len(parts))]
+            place = os.path.join(self.folder, path)
+            return place if os.path.exists(place) else None
+        parts = [part for part in path.split("/") if part not in ("", ".")]
+        places = [os.path.join(self.root, *parts[i:]) for i in range(len(parts))]  # as given, then ever shorter tails
         found = next(filter(os.path.exists, places), None)
-        if found is None and self.root is not None:
-            same = self.by_name.get(os.path.basename(path), [])
-            found = same[0] if len(same) == 1 else None  # of two alike, none: a guess may be another video
-        return found
+        same = [found] if found else self.by_name[os.path.basename(path)]
+        return same[0] if len(same) == 1 else None  # of two alike, none: a guess may be another video
 
 
 def load_samples(path, video_root=None, *, seed: int = 0) -> list[Sample]:
     """Reads annotations: Video-R1, Perception Test, NExT-GQA, SEED-Bench-R1, built-in, told by their fields.
 
     path: one .json or .jsonl, or several joined by commas. video_root: a video is looked up there as given, then by its
-    longest existing tail, then by its name; None: as given, from the annotation's folder. Videos not found are listed in
-    `Sample.missing`. Records that no rule can score (OCR, free-form, numerical without a number) are left out; their
+    longest existing tail, then by its name; None: as given, from the annotation's folder. Videos not found are listed
+    in `Sample.missing`. Records that no rule can score (OCR, free-form, numerical without a number) are left out; their
     number is logged. seed: shuffles the options of SEED-Bench-R1 training records.
     Raises DataError, one line, on the first bad record.
     """
+    if video_root is not None and not os.path.isdir(video_root):
+        raise DataError(f"{video_root}: no such folder; give the folder of the videos")
     paths = [Path(part.strip()) for part in str(path).split(",") if part.strip()]
-    root = None if video_root is None else str(video_root)
-    if not paths:
-        raise DataError("no annotation; give the path of a .json or .jsonl file")
-    if root is not None and not os.path.isdir(root):
-        raise DataError(f"{root}: no such folder; give the folder of the videos")
     samples, left_out = [], Counter()
     for file_number, path in enumerate(paths):
         name = path.name if sum(p.name == path.name for p in paths) == 1 else str(path)  # ids stay unique
-        finder = _Finder(root, path.parent)
+        finder = _Finder(video_root, path.parent)
         for number, fields in enumerate(_records(path)):
             record = _Record(f"{name}, record {number}", fields)
             reader = next((reader for mark, reader in _READERS.items() if mark in fields), None)
             if reader is None:
-                raise DataError(f"{record.where}: fields {sorted(fields)[:8]!r} are of no known format; Video-R1 has 'problem', "
-                                "NExT-GQA 'time_clues', SEED-Bench-R1 'current_observation_basename'")
+                raise DataError(f"{record.where}: fields {sorted(fields)[:8]!r} are of no known format; Video-R1 has "
+                                "'problem', NExT-GQA 'time_clues', SEED-Bench-R1 'current_observation_basename'")
             values = reader(record, [seed, file_number, number])
             if values is None:
                 left_out[fields["problem_type"]] += 1
                 continue
-            sample = Sample(id=f"{name}:{number}", **values)
-            for medium in ("video", "image"):
-                given = getattr(sample, medium)
-                if given is None:
-                    continue
-                if root is not None and ".." in given.split("/"):
-                    raise DataError(f"{record.where}, {medium} {given[:200]!r}: leaves the video folder; drop the '..'")
-                setattr(sample, medium, finder.find(given))
-                if getattr(sample, medium) is None:
-                    sample.missing.append(given)
-            samples.append(sample)
+            given = {medium: values[medium] for medium in ("video", "image") if values.get(medium)}
+            if video_root is not None and any(".." in place.split("/") for place in given.values()):
+                raise DataError(f"{record.where}: {str(given)[:200]} leaves the video folder; drop the '..'")
+            found = {medium: finder.find(place) for medium, place in given.items()}
+            missing = [given[medium] for medium in given if found[medium] is None]
+            samples.append(Sample(f"{name}:{number}", **values | found, missing=missing))
     if left_out:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
         logging.getLogger("appo").warning("%d records left out, no rule can score them: %s", left_out.total(), kinds)
     if not samples:
-        raise DataError(f"{paths[0]}: no record that a rule can score; add multiple choice or numerical ones")
+        raise DataError(f"{path}: no record that a rule can score; add multiple choice or numerical ones")
     return samples
 
 
 # ---------------------------------------------------------------------------------------------- frames and their times
 
-FOLDER_RATE = 3.0  # frames a second in a folder of pictures, as MVBench cut them
-
-
 def frame_indices(count: int, rate: float, fps: float, max_frames: int, bounds=None) -> tuple[np.ndarray, float]:
     """Which frames are taken of a video of `count` frames at `rate` a second -> (indices [n], seconds covered).
 
     n = the largest even number not above min(max(D * fps, 4), max_frames, count), at least 2, as Qwen's own utility:
-    22 s at fps 1 and max_frames 16 -> 16 frames, 8 visual steps of 2 * 22 / 16 = 2.75 s.
-    bounds (start, end) in seconds narrow the video first. Raises ValueError outside the video.
+    22 s at fps 1 and max_frames 16 -> 16 frames, 8 visual steps of 2 * 22 / 16 = 2.75 s. bounds: (start, end) in
+    seconds narrow the video first; raises ValueError if they lie outside.
     """
     first, last = 0, count - 1
     if bounds is not None:
@@ -319,7 +298,7 @@ def sample_frames(path: str, fps: float, max_frames: int, bounds=None,
     if os.path.isdir(path):
         names = [name for name in os.listdir(path) if name.lower().endswith((".jpg", ".jpeg", ".png", ".bmp", ".webp"))]
         names.sort(key=lambda name: ([int(digits) for digits in re.findall("[0-9]{1,18}", name)], name))  # 9 before 10
-        count, rate = len(names), FOLDER_RATE
+        count, rate = len(names), 3.0  # as MVBench cut them
     elif os.path.isfile(path):  # a named pipe is none: opening it would wait for its writer
         video, names = decord.VideoReader(path, num_threads=1), None
         count, rate = len(video), float(video.get_avg_fps())
@@ -347,11 +326,8 @@ _STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
 
 def resized_size(height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Qwen's smart resize: multiples of 28 nearest to the size, brought between the pixel limits.
-
-    240 x 426 with both limits 50,176 -> 168 x 280, 6 x 10 = 60 tokens: the nearest, 252 x 420, is too large.
-    Raises ValueError if one side is over 200 times the other.
-    """
+    """Qwen's smart resize: multiples of 28 nearest to the size, brought between the pixel limits. Example: 240 x 426
+    with both limits 50,176 -> 168 x 280, 60 tokens. Raises ValueError if one side is over 200 times the other."""
     unit = PATCH * MERGE
     if max(height, width) > 200 * min(height, width):
         raise ValueError(f"{width} x {height} pixels: one side is over 200 times the other")
@@ -385,10 +361,9 @@ def _patchify(frames: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
 def frames_to_patches(frames: Tensor, min_pixels: int, max_pixels: int) -> tuple[Tensor, tuple[int, int, int]]:
     """Frames as Qwen2.5-VL's vision tower takes them.
 
-    frames: uint8 [T, 3, H, W], RGB; T = 1 for a picture; an odd T repeats the last frame.
-    min_pixels, max_pixels: limits of ONE frame's area. Returns (patches float32 [t*h*w, 1176], (t, h, w)) with
-    t = ceil(T / 2), h and w in patches of 14 pixels: 16 frames of 224 x 224 -> [2048, 1176], (8, 16, 16), which
-    become 8 * 16 * 16 / 4 = 512 tokens. Raises ValueError if one side is over 200 times the other.
+    frames: uint8 [T, 3, H, W], RGB; an odd T repeats the last frame; min_pixels, max_pixels: limits of ONE frame's area
+    -> (patches float32 [t*h*w, 1176], (t, h, w)) with t = ceil(T / 2), h and w in patches of 14 pixels: 16 frames of
+    224 x 224 -> [2048, 1176], (8, 16, 16), 512 tokens. Raises ValueError if one side is over 200 times the other.
     """
     return _patchify(_resize(frames, min_pixels, max_pixels))
 
@@ -437,7 +412,7 @@ def read_visual(sample: Sample, *, fps: float, max_frames: int, min_pixels: int,
             else:
                 frames = shrink(read_picture(path))[None]
         except Exception as error:  # decord, Pillow and torch raise some twenty kinds for damaged files
-            reason = re.sub(r"\[[0-9:]+\] \S+ ", "", " ".join(str(error).split()))[:200]  # without decord's source lines
+            reason = re.sub(r"\[[0-9:]+\] \S+ ", "", " ".join(str(error).split()))[:200]  # no decord source lines
             raise VideoError(f"{path!r}: cannot be read ({type(error).__name__}: {reason})") from None
         patches, (grid, *_) = zip(*map(_patchify, frames.unbind(1)))
         parts.append(torch.stack(patches))  # [1 or 2, t*h*w, 1176]
@@ -449,18 +424,14 @@ def read_visual(sample: Sample, *, fps: float, max_frames: int, min_pixels: int,
 
 # -------------------------------------------------------------------------------------------------- decoding processes
 
-START_SECONDS = 300  # importing torch from a cold network disk
-MEMORY_BYTES = 4 << 30  # of a decoding process: a 16K frame fits, a bomb does not
-
-
 def _serve(fd: int) -> None:
     """The life of a decoding process: requests in, patches out, until the other side is gone."""
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the parent decides when we go
         signal.signal(number, signal.SIG_IGN)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the codecs' chatter
     torch.set_num_threads(1)
-    with suppress(ValueError):  # a stricter limit is there already
-        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    with suppress(ValueError):  # 4 GiB: a 16K frame fits, a bomb does not. ValueError: there is a stricter limit
+        resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, resource.getrlimit(resource.RLIMIT_DATA)[1]))
     connection = Connection(fd)
     with suppress(EOFError, ConnectionError):
         connection.send("ready")
@@ -487,17 +458,15 @@ class VideoReader:
 
     def __init__(self, processes: int = 2, timeout: float = 60.0, *, fps: float, max_frames: int, min_pixels: int,
                  max_pixels: int):
-        self.timeout = timeout
-        self.settings = dict(fps=fps, max_frames=max_frames, min_pixels=min_pixels, max_pixels=max_pixels)
+        self.timeout, self.settings = timeout, dict(fps=fps, max_frames=max_frames, min_pixels=min_pixels,
+                                                    max_pixels=max_pixels)
         self._threads = ThreadPoolExecutor(processes, thread_name_prefix="decode")
         self._decoders: dict[int, tuple[subprocess.Popen, Connection]] = {}  # by thread
         self._lock, self._closed = threading.Lock(), False
 
     def submit(self, sample: Sample, mask_seed=None) -> Future:
-        """Future of Visual, or of VideoError: cannot be read, time-out, crash of the decoder.
-
-        A RuntimeError that is no VideoError means that no decoding process can be started at all.
-        """
+        """Future of Visual, or of VideoError: cannot be read, time-out, crash of the decoder. A RuntimeError that is no
+        VideoError means that no decoding process can be started at all."""
         return self._threads.submit(self._read, sample, mask_seed)
 
     def _decoder(self) -> tuple[subprocess.Popen, Connection]:
@@ -515,7 +484,7 @@ class VideoReader:
                                            env={**os.environ, "OMP_NUM_THREADS": "1"})
             self._decoders[threading.get_ident()] = process, connection
         with suppress(EOFError, OSError):
-            if connection.poll(START_SECONDS) and connection.recv() == "ready":
+            if connection.poll(300) and connection.recv() == "ready":  # importing torch from a cold network disk
                 return process, connection
         process.kill()
         raise RuntimeError(f"a decoding process did not start (exit status {process.wait()})")
@@ -523,8 +492,7 @@ class VideoReader:
     def _read(self, sample: Sample, mask_seed) -> Visual:
         process, connection = self._decoder()
         try:
-            settings = {**self.settings, "mask_seed": mask_seed}
-            connection.send((vars(sample), settings, math.ceil(self.timeout) + 1))
+            connection.send((vars(sample), self.settings | {"mask_seed": mask_seed}, math.ceil(self.timeout) + 1))
             if connection.poll(self.timeout):
                 fields, reason = connection.recv()
                 if reason is not None:
@@ -535,10 +503,9 @@ class VideoReader:
             reason = "its decoding process died"
         process.kill()
         process.wait()
-        reason = "the reader was closed" if self._closed else reason
         raise VideoError(f"{sample.video or sample.image!r}: {reason}")
 
-    def close(self) -> None:
+    def close(self, *_) -> None:
         """Ends the processes at once; reads under way fail, reads not begun are cancelled."""
         with self._lock:
             self._closed = True
@@ -552,22 +519,16 @@ class VideoReader:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        self.close()
+    __exit__ = close
 
 
 # ------------------------------------------------------------------------------------------------------------- prompts
 
-@dataclass
-class Prompt:
+@dataclass(kw_only=True)
+class Prompt(Visual):
     """A sample as the model takes it: P tokens, N patches, F visual steps."""
     sample: Sample
     input_ids: Tensor  # int64 [P]
-    patches: Tensor  # float32 [N, 1176]
-    masked_patches: Optional[Tensor]
-    video_grids: list[tuple[int, int, int]]
-    image_grids: list[tuple[int, int, int]]
-    seconds_per_grid: list[float]
     frame_of_token: Tensor  # int64 [P]: visual step of a video token, -1 elsewhere
     num_steps: int  # F; 0 without a video
 
@@ -605,48 +566,40 @@ def build_prompt(sample: Sample, visual: Visual, tokenizer) -> Prompt:
         raise ValueError("the chat template does not place each video and picture once; is it Qwen2.5-VL's?")
     ids, steps = [], []
     for token in tokens:
-        if token in grids:
-            t, h, w = grids[token].pop(0)
-            ids += [token] * (t * h * w // 4)
-            steps += [step if token == video else -1 for step in range(t) for _ in range(h * w // 4)]
-        else:
-            ids.append(token)
-            steps.append(-1)
-    num_steps = sum(t for t, _, _ in visual.video_grids)
-    step = sample.crucial_step
-    if step is not None and (visual.seconds_per_grid != [2.0] or step >= num_steps):  # other frames make other steps
-        sample = replace(sample, crucial_step=None)
-    return Prompt(sample, torch.tensor(ids), visual.patches, visual.masked_patches, visual.video_grids,
-                  visual.image_grids, visual.seconds_per_grid, torch.tensor(steps), num_steps)
+        t, h, w = grids[token].pop(0) if token in grids else (1, 2, 2)  # a word takes one token
+        ids += [token] * (t * h * w // 4)
+        steps += [step if token == video else -1 for step in range(t) for _ in range(h * w // 4)]
+    num_steps, crucial = sum(t for t, _, _ in visual.video_grids), sample.crucial_step
+    if crucial is not None and (visual.seconds_per_grid != [2.0] or crucial >= num_steps):
+        sample = replace(sample, crucial_step=None)  # other frames make other steps
+    return Prompt(**vars(visual), sample=sample, input_ids=torch.tensor(ids), frame_of_token=torch.tensor(steps),
+                  num_steps=num_steps)
 
 
 def read_ahead(reader: VideoReader, batches: Iterable[dict]) -> Iterator[dict[int, tuple[Sample, Future]]]:
-    """Batches {position: (sample, its Visual to come)}, each being decoded while the one before it is at work.
-
-    batches: dicts {position: (sample, mask_seed or None)}; the position is the caller's and names the sample's place.
-    """
+    """Batches {position: (sample, mask_seed or None)} -> {position: (sample, its Visual to come)}, each being decoded
+    while the one before it is at work. The position is the caller's and names the sample's place."""
     coming = ({position: (sample, reader.submit(sample, mask)) for position, (sample, mask) in batch.items()}
               for batch in batches)
     for batch, _ in pairwise(chain(coming, [None])):  # the next batch is submitted before this one is handed out
         yield batch
 
 
-def build_prompts(batch: dict[int, tuple[Sample, Future]], tokenizer, max_tokens: int
-                  ) -> tuple[dict[int, Prompt], list[dict]]:
-    """The prompts of a batch by position, and a record of every sample that is left out, with the reason: what cannot
-    be read (`unreadable`), and prompts of more than `max_tokens` tokens, which are never cut."""
+def build_prompts(batch: dict[int, tuple[Sample, Future]], tokenizer, max_tokens: int):
+    """(prompts by position, a record of every sample that is left out with the reason): what cannot be read is
+    `unreadable`; prompts of more than `max_tokens` tokens are never cut."""
     prompts, skipped = {}, []
     for position, (sample, visual) in batch.items():
         try:
-            prompt = build_prompt(sample, visual.result(), tokenizer)
+            prompt, unreadable = build_prompt(sample, visual.result(), tokenizer), False
             if len(prompt.input_ids) <= max_tokens:
                 prompts[position] = prompt
                 continue
-            reason, unreadable = f"prompt of {len(prompt.input_ids)} tokens, over the limit of {max_tokens}", False
+            reason = f"prompt of {len(prompt.input_ids)} tokens, over the limit of {max_tokens}"
         except VideoError as error:
             reason, unreadable = str(error), True
-        skipped.append(dict(position=position, id=sample.id, path=sample.video or sample.image, reason=reason,
-                            unreadable=unreadable))
+        path = sample.video or sample.image
+        skipped.append(dict(position=position, id=sample.id, path=path, reason=reason, unreadable=unreadable))
     return prompts, skipped
 
 
@@ -654,11 +607,10 @@ def build_prompts(batch: dict[int, tuple[Sample, Future]], tokenizer, max_tokens
 
 def _element(text: str, tag: str) -> Optional[str]:
     """What stands in the only <tag> element; None if there are none or several, or it is not closed."""
-    opened, closed = f"<{tag}>", f"</{tag}>"
-    if text.count(opened) != 1 or text.count(closed) != 1:
+    if text.count(f"<{tag}>") != 1 or text.count(f"</{tag}>") != 1:
         return None
-    start, end = text.find(opened) + len(opened), text.find(closed)
-    return text[start:end].strip() if start <= end else None
+    match = re.search(f"<{tag}>(.*)</{tag}>", text, re.DOTALL)
+    return match[1].strip() if match else None
 
 
 def _plain(text: str) -> str:
@@ -690,20 +642,14 @@ def _number(text: str) -> Optional[float]:
 
 def mean_relative_accuracy(pred: float, target: float) -> float:
     """Mean over theta in {0.50, 0.55, .., 0.95} of [|pred - target| / |target| <= 1 - theta] (VSI-Bench).
-
-    95 for 100 -> 1.0; 150 for 100 -> 0.1; target 0 -> 1.0 for 0, else 0.0.
-    """
-    if target == 0:
-        return float(pred == 0)
-    error = abs(pred - target) / abs(target)
+    Examples: 95 for 100 -> 1.0; 150 for 100 -> 0.1; target 0 -> 1.0 for 0, else 0.0."""
+    error = abs(pred - target) / abs(target) if target else float(pred != 0)
     return sum(error <= 0.05 * k + 1e-9 for k in range(1, 11)) / 10  # 1e-9: 0.05 is not exact in binary
 
 
 def accuracy_reward(response: str, sample: Sample) -> float:
     """1.0 if the single <answer> element names the right option, else 0.0; numbers: mean relative accuracy."""
-    answer = _element(response, "answer")
-    if answer is None:
-        return 0.0
+    answer = _element(response, "answer") or ""
     if sample.kind == "number":
         pred = _number(answer)
         return 0.0 if pred is None else mean_relative_accuracy(pred, _number(sample.answer))
@@ -740,24 +686,21 @@ def temporal_iou(pred_spans, label_spans, duration: float) -> tuple[float, float
 
     IoU = |P and T| / |P or T|, IoP = |P and T| / |P|; 0 for an empty P. P = 2 to 6, T = 4 to 10 -> (0.25, 0.5).
     """
-    pred, label = (np.array(spans, dtype=float).reshape(-1, 2).clip(0, duration) for spans in (pred_spans, label_spans))
-    pred, label = (spans[spans[:, 0] < spans[:, 1]] for spans in (pred, label))
-    edges = np.unique(np.concatenate([pred, label]))  # they cut the time into pieces, each inside or outside of a union
-    lengths = np.diff(edges)
-
-    def covered(spans):  # bool [pieces]: up to its start more spans have begun than ended
-        begun, ended = (np.searchsorted(np.sort(column), edges[:-1], side="right") for column in spans.T)
-        return begun > ended
-
-    in_pred, in_label = covered(pred), covered(label)
-    both, either, own = (float(lengths[part].sum()) for part in (in_pred & in_label, in_pred | in_label, in_pred))
+    unions = [np.array(spans, dtype=float).reshape(-1, 2).clip(0, duration) for spans in (pred_spans, label_spans)]
+    unions = [spans[spans[:, 0] < spans[:, 1]] for spans in unions]
+    edges = np.unique(np.concatenate(unions))  # they cut the time into pieces, each inside or outside of a union
+    inside = []  # bool [pieces] each: up to the piece's start more spans have begun than ended
+    for spans in unions:
+        begun, ended = (np.searchsorted(np.sort(times), edges[:-1], side="right") for times in spans.T)
+        inside.append(begun > ended)
+    (pred, label), lengths = inside, np.diff(edges)
+    both, either, own = (float(lengths[pieces].sum()) for pieces in (pred & label, pred | label, pred))
     return (both / either, both / own) if own > 0 else (0.0, 0.0)
 
 
 def temporal_iou_reward(response: str, sample: Sample) -> float:
     """IoU of the spans in the single <time> element with the labelled ones; 0.0 where there are none."""
-    time = _element(response, "time")
-    return 0.0 if time is None else temporal_iou(parse_spans(time), sample.spans, sample.duration)[0]
+    return temporal_iou(parse_spans(_element(response, "time") or ""), sample.spans, sample.duration)[0]
 
 
 def task_reward(response: str, sample: Sample) -> tuple[float, float, float]:
@@ -770,13 +713,9 @@ def task_reward(response: str, sample: Sample) -> tuple[float, float, float]:
 
 # --------------------------------------------------------------------------------------------------- the built-in task
 
-def _star(x, y):
-    to_tip = np.abs((np.arctan2(x, -y) * 2.5 / np.pi + 0.5) % 1 - 0.5) * 2  # 0 towards a tip, 1 between two
-    return np.hypot(x, y) < 0.4 + 0.6 * (1 - to_tip) ** 2
-
-
 _DRAW = {  # x to the right, y down, -1 to 1 over a cell
-    "star": _star,
+    "star": lambda x, y: np.hypot(x, y) < 0.4 + 0.6 * (1 - 2 * np.abs(
+        (np.arctan2(x, -y) * 2.5 / np.pi + 0.5) % 1 - 0.5)) ** 2,
     "circle": lambda x, y: np.hypot(x, y) < 0.7,
     "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) < 0.9,
     "triangle": lambda x, y: (np.abs(x) < (y + 0.95) / 2) & (y < 0.9),
@@ -801,9 +740,8 @@ def _toy_plan(rng: np.random.Generator) -> tuple[list[str], list[str], list[int]
 def toy_video(rng: np.random.Generator) -> tuple[Tensor, list[str], list[str], list[int]]:
     """One built-in video: (frames uint8 [16, 3, 56, 56], shapes [8], colours [8], cells [8]).
 
-    Entry s of the lists is visual step s (frames 2s and 2s + 1, equal but for noise): one shape in one of four cells.
-    Cell c is row c // 2, column c % 2, so merged token 4 * s + c of the video holds the shape. Noise: 20 grey levels,
-    0.3 after normalisation.
+    Entry s of the lists is visual step s (frames 2s and 2s + 1, equal but for noise of 20 grey levels): one shape, in
+    cell c at row c // 2, column c % 2, which is merged token 4 * s + c of the video.
     """
     shapes, colours, cells = _toy_plan(rng)
     frames = np.full((8, 1, 56, 56, 3), 60.0)
@@ -823,8 +761,8 @@ def _toy_sample(shape: str, colour: str, step: Optional[int] = None) -> Sample:
 
 def toy_response(shape: str, colour: str, rng: np.random.Generator) -> str:
     """A right answer in one of four wordings; the shape stands directly before the colour."""
-    lead = _TOY_LEADS[rng.integers(len(_TOY_LEADS))]
-    return f"<think> {lead} {shape} {colour} </think> <answer> {_toy_sample(shape, colour).answer} </answer>"
+    answer = _toy_sample(shape, colour).answer
+    return f"<think> {_TOY_LEADS[rng.integers(4)]} {shape} {colour} </think> <answer> {answer} </answer>"
 
 
 def toy_vocabulary() -> list[str]:
@@ -896,7 +834,7 @@ class Lesson:
 
 
 def toy_prompt(rng: np.random.Generator, tokenizer, step: int = 0) -> tuple[Prompt, list[str], list[str], list[int]]:
-    """A built-in video that is in no file, and the question about one of its steps: (prompt, shapes, colours, cells)."""
+    """(prompt, shapes, colours, cells): a built-in video that is in no file, and the question about one step."""
     frames, shapes, colours, cells = toy_video(rng)
     patches, grid = frames_to_patches(frames, 3136, 3136)
     sample, visual = _toy_sample(shapes[step], colours[step], step), Visual(patches, None, [grid], [], [2.0], 16.0, 16)
@@ -915,7 +853,8 @@ def toy_lessons(tokenizer, count: int, seed: int) -> list[Lesson]:
         prompt, shapes, colours, cells = toy_prompt(rng, tokenizer)
         prompt = replace(prompt, input_ids=prompt.input_ids[:shared], frame_of_token=prompt.frame_of_token[:shared])
         words = torch.full((8, 4, 2), tokenizer.pad_token_id)
-        words[range(8), cells] = torch.tensor([tokenizer.convert_tokens_to_ids(list(pair)) for pair in zip(shapes, colours)])
+        pairs = [tokenizer.convert_tokens_to_ids([shape, colour]) for shape, colour in zip(shapes, colours)]
+        words[range(8), cells] = torch.tensor(pairs)
         rows = [ends[shape] + tokenizer(toy_response(shape, colour, rng)).input_ids + [tokenizer.eos_token_id]
                 for shape, colour in zip(shapes, colours)]
         ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)  # [8, R]
