@@ -490,12 +490,12 @@ def training_step(run: Run, draws: Iterator[dict], step: int) -> tuple[dict, lis
 
 # ------------------------------------------------------------------------------------------------ held-out samples
 
-def score_prompts(model, tokenizer, prompts: dict[int, data.Prompt], s: Settings) -> list[dict[str, float]]:
+def score_prompts(model, tokenizer, prompts: dict[int, data.Prompt], encoded: list[EncodedPrompt],
+                  s: Settings) -> list[dict[str, float]]:
     """One sampled response to each prompt: its accuracy, and whether the frame that shows the answer, if it is known, is
     the one (top1) or among the K2 (topk) that the response attends to most."""
     uniforms = np.stack([np.random.default_rng((s.seed, HELD_OUT, i)).random((1, s.max_new_tokens)) for i in prompts])
-    rollouts = model_utils.rollout(model, [model_utils.encode_prompt(model, prompt) for prompt in prompts.values()],
-                                   torch.from_numpy(uniforms), temperature=s.temperature,
+    rollouts = model_utils.rollout(model, encoded, torch.from_numpy(uniforms), temperature=s.temperature,
                                    attention_layers=s.attention_layers)
     scores = []
     for prompt, rollout in zip(prompts.values(), rollouts):
@@ -513,7 +513,8 @@ def score_held_out(run: Run, samples: list[data.Sample], reader: data.VideoReade
     s, scores, mine = run.settings, [], [(i, (sample, None)) for i, sample in enumerate(samples)][run.rank::run.world]
     for batch in data.read_ahead(reader, (dict(mine[i:i + s.rollout_groups]) for i in range(0, len(mine), s.rollout_groups))):
         prompts, _ = data.build_prompts(batch, run.tokenizer, s.max_prompt_tokens)
-        scores += score_prompts(run.model, run.tokenizer, prompts, s) if prompts else []
+        encoded = [model_utils.encode_prompt(run.model, prompt) for prompt in prompts.values()]
+        scores += score_prompts(run.model, run.tokenizer, prompts, encoded, s) if prompts else []
     scores = [score for part in run.gather(scores) for score in part]
     return {name: float(np.mean([score[name] for score in scores])) for name in (scores or [{}])[0]}
 
@@ -643,10 +644,13 @@ def prepare_built_in(s: Settings) -> None:
         return
     model, tokenizer = model_utils.tiny_model(data.toy_vocabulary(), s.seed)
     test = {n: data.toy_prompt(np.random.default_rng((s.seed, 3, n)), tokenizer, n % 8)[0] for n in range(128)}
+    encoded = []
 
     def good_enough(model) -> bool:
         """Half of the answers right, and the model looks: else reinforcement learning has little to start from."""
-        scores = score_prompts(model, tokenizer, test, Settings(**TINY))
+        if not encoded:  # the vision tower does not change any more
+            encoded.extend(model_utils.encode_prompt(model, prompt) for prompt in test.values())
+        scores = score_prompts(model, tokenizer, test, encoded, Settings(**TINY))
         return all(np.mean([score[name] for score in scores]) >= least for name, least in (("accuracy", .5), ("top1", .3)))
 
     model_utils.warm_up(model, data.toy_lessons(tokenizer, 1024, s.seed), good_enough)

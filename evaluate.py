@@ -762,7 +762,7 @@ def throughput(options, _) -> None:
     model.generation_config.eos_token_id = model.config.vision_start_token_id  # never sampled: all responses are full
     plain, settings = None, {}
     if options.against_plain:  # a twin with the same weights
-        plain = Qwen2_5_VLForConditionalGeneration._from_config(model.config, dtype=dtype, attn_implementation="eager")
+        plain = Qwen2_5_VLForConditionalGeneration._from_config(copy.deepcopy(model.config), dtype=dtype, attn_implementation="eager")
         plain.load_state_dict(model.state_dict())
         plain.to(device).eval().generation_config = copy.deepcopy(model.generation_config)
         trained = [*plain.model.language_model.parameters(), *plain.lm_head.parameters()]
