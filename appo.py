@@ -100,6 +100,11 @@ class Settings:
     resume: bool = HfArg(default=False, help="go on from the newest checkpoint of --output")
     seed: int = HfArg(default=0, help="of data order, sampling and masks")
 
+    @property
+    def masked_video(self) -> bool:
+        """Does the loss compare with a masked video (PAPO)?"""
+        return self.gamma > 0 or self.eta > 0
+
 
 # How the five algorithms differ. PAPO's values are those of its 3B models.
 PRESETS = {
@@ -339,7 +344,7 @@ def prompt_stream(run: Run, samples: list[data.Sample]) -> Iterator[dict]:
             if place // len(samples) != epoch:
                 epoch = place // len(samples)
                 order = np.random.default_rng((s.seed, ORDER, epoch)).permutation(len(samples))
-            batch[place] = samples[order[place % len(samples)]], (s.seed, MASK, place) if s.gamma else None
+            batch[place] = samples[order[place % len(samples)]], (s.seed, MASK, place) if s.masked_video else None
         yield batch
         position += s.prompts_per_step
 
@@ -368,7 +373,7 @@ def roll_out(run: Run, prompts: dict[int, data.Prompt]) -> list[Group]:
                 crucial = crucial_frames(rollout.frame_attention, mask, scores["accuracy"], k1=s.k1, k2=s.k2,
                                          threshold=s.threshold, strategy=s.strategy)
             group = Group(position, prompt, rollout, texts, scores, group_advantages(scores["reward"]), crucial)
-            if s.gamma:
+            if s.masked_video:
                 group.masked_prompt = model_utils.encode_prompt(run.model, prompt, prompt.masked_patches)
             ended = torch.isin(rollout.response_ids, model_utils.end_token_ids(run.model)) & mask
             group.metrics = {name: score.mean().item() for name, score in scores.items()} | {
@@ -416,7 +421,7 @@ def update(run: Run, groups: dict[int, Group], roster: list[tuple[int, int]]) ->
     size = s.minibatch_prompts or s.prompts_per_step
     minibatches = [roster[i:i + size] for i in range(0, len(roster), size)]
     with torch.no_grad():
-        for group, log_probs, *_ in passes(roster, masked=True) if s.gamma else ():
+        for group, log_probs, *_ in passes(roster, masked=True) if s.masked_video else ():
             if group is not None:
                 group.masked_log_probs = log_probs
         # with one minibatch, the first pass of the update records: the policy has not changed before it
@@ -434,7 +439,7 @@ def update(run: Run, groups: dict[int, Group], roster: list[tuple[int, int]]) ->
                 log_probs, group.old_log_probs, group.advantages, group.rollout.response_mask, average=s.average,
                 token_weights=group.token_weights, clip_low=s.clip_low, clip_high=s.clip_high,
                 ref_log_probs=group.ref_log_probs, kl_coef=s.kl_coef)
-            if s.gamma:
+            if s.masked_video:
                 perception, more = perception_loss(log_probs, group.masked_log_probs, group.rollout.response_mask,
                                                    gamma=s.gamma, eta=s.eta, masked_eta=s.eta, average=s.average)
                 loss, metrics = loss + perception, metrics | more
@@ -667,7 +672,7 @@ class Parser(HfArgumentParser):
 def is_tiny(model: str | None, toy_folder: str) -> bool:
     """Is this the built-in model, or trained from it? Its settings go with it."""
     config = Path(model or f"{toy_folder}/model") / "config.json"
-    return model is None or config.is_file() and bool(json.loads(config.read_text()).get("appo_built_in"))
+    return model is None or config.is_file() and '"appo_built_in": true' in config.read_text(errors="replace")
 
 
 def parse_settings(parser: Parser, arguments: list[str] | None = None) -> Settings:
