@@ -19,7 +19,6 @@ import shutil
 import signal
 import sys
 import time
-from argparse import ArgumentDefaultsHelpFormatter
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -529,6 +528,8 @@ def score_held_out(run: Run, samples: list[data.Sample], reader: data.VideoReade
 def set_up(s: Settings, weigh: Callable) -> Run:
     """Processes, rollout model, sharded policy, optimizer."""
     rank, world, device = model_utils.init_processes()
+    if Path(s.model) == Path(s.toy_folder) / "model":
+        torch.set_num_threads(1)  # for operations this small, threads mostly wait for each other
     if rank == 0:
         prepare_built_in(s)
     dist.barrier()
@@ -703,7 +704,7 @@ def parse_settings(parser: Parser, arguments: list[str] | None = None) -> Settin
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = Parser(Settings, description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser = Parser(Settings, description=Settings.__doc__, allow_abbrev=False)
     transformers.utils.logging.disable_progress_bar()  # one bar at a time
     try:
         train(parse_settings(parser, arguments))

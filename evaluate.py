@@ -1,15 +1,15 @@
 """Measuring: benchmarks, what responses look at, curves of runs, and the speed of a training step.
 
     python evaluate.py score --model M --data test.json --video_root videos --output scores/m    accuracy by task
-    python evaluate.py compare scores/a scores/b                    is the difference more than chance?
+    python evaluate.py compare scores/a scores/b                     is the difference more than chance?
     python evaluate.py attention --model A --model2 B --data test.json --sample 3 --output map.png
-    python evaluate.py curves runs/* --output curves.png            accuracy, reward, entropy, ... of training runs
-    python evaluate.py focus --model M --data test.json             Tab. A: frames of right and of wrong responses
-    python evaluate.py decouple --perception M --reasoning T        T answers from M's description alone
-    python evaluate.py throughput --against_plain                   Tab. F, and the usual way beside it
+    python evaluate.py curves runs/* --output curves.png             accuracy, reward, entropy, ... of training runs
+    python evaluate.py focus --model M --data test.json              Tab. A: frames of right and of wrong responses
+    python evaluate.py decouple --perception M --reasoning T         T answers from M's description alone
+    python evaluate.py throughput --against_plain                    Tab. F, and the usual way beside it
 
-score, attention, focus and decouple take appo.py's options by the same names (--max_frames, --seed, --k2, ...), and the
-built-in task is their default. Letters in shapes as in model_utils.
+score, attention, focus and decouple take appo.py's options by the same names (--max_frames, --seed, --k2, ...); the
+built-in task is their default. Tables and figures are those of the paper's supplement; letters in shapes as in model_utils.
 """
 import argparse
 import copy
@@ -21,7 +21,7 @@ import resource
 import sys
 import time
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -29,16 +29,16 @@ from typing import Callable, Iterator
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2_5_VLConfig
 from transformers import Qwen2_5_VLForConditionalGeneration
-from transformers.utils import logging as transformers_logging
 
 import appo
 import data
 import model_utils
-
+from model_utils import RunError
 
 # ---------------------------------------------------------------------------------------------------- benchmarks
 
@@ -51,13 +51,13 @@ MVBENCH_FOLDERS = {
     "sta/sta_video": "action_localization", "scene_qa/video": "scene_transition", "nturgbd": "fine_grained_pose",
     "vlnqa": "egocentric_navigation", "tvqa/frames_fps3_hq": "episodic_reasoning"}
 
-# mark: the field that gives a benchmark's records away. options, answer, video, group: its own fields, where data.py
-# does not read it already; counted: the answer is an index from 0. prompt: stands before the instruction to think and
-# answer, which is the training's for all. overall: mean over "questions", or over "tasks" as VSI-Bench reports it.
+# mark: the field that gives a benchmark's records away. options, answer, group, video: its own fields, where data.py does
+# not read it already; counted: the answer is an index from 0. prompt: the benchmark's own words; the instruction to think
+# and answer, on which the models were trained, follows. overall: mean over "questions", or over "tasks" (VSI-Bench).
 BENCHMARKS = {
     "video_r1": dict(mark="problem"),
     "next_gqa": dict(mark="time_clues"),
-    "seed_bench_r1": dict(mark="current_observation_basename"),
+    "seed_bench_r1": dict(mark="current_observation_basename"),  # grouped by the L1, L2 or L3 in the file's name
     "perception_test": dict(mark="answer_id", options="options", answer="answer_id", counted=True, group="area",
                             video="{video_name}.mp4"),
     "next_qa": dict(mark="a0", options="a0 a1 a2 a3 a4", answer="answer", counted=True, group="type", video="{video}.mp4"),
@@ -76,86 +76,87 @@ def read_records(path: Path) -> list[dict]:
         if path.suffix == ".csv":
             with open(path, encoding="utf-8-sig", newline="") as file:
                 return list(csv.DictReader(file))
-        if path.suffix == ".json" and (content := json.loads(path.read_text(encoding="utf-8-sig"))) and type(content) is dict:
+        if path.suffix == ".json" and type(content := json.loads(path.read_text(encoding="utf-8-sig"))) is dict:
             return [{"video_name": video} | record for video, entry in content.items() for record in entry["mc_question"]]
-    except (OSError, ValueError, KeyError, TypeError, csv.Error):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, csv.Error):
         pass  # the reader below names what is wrong
     return data._records(path)
 
 
 def read_own(path: Path, name: str, records: list[dict], form: dict, video_root: str | None) -> list[data.Sample]:
     """Samples of a benchmark that data.py does not read, by the fields of its entry in BENCHMARKS."""
-    samples, finder = [], data._Finder(video_root, path.parent)
-    task = re.sub(r"_[0-9]+$", "", path.stem)
-    folder = next((place for place, tasks in MVBENCH_FOLDERS.items() if task in tasks.split()), "")
+    samples, finder, task = [], data._Finder(video_root, path.parent), re.sub(r"_[0-9]+$", "", path.stem)
+    folder = next((folder for folder, tasks in MVBENCH_FOLDERS.items() if task in tasks.split()), "")
+    first, *more = form["options"].split()
     for number, fields in enumerate(records):
-        record = data._Record(f"{name}, record {number}", fields := {"task": task, "folder": folder} | fields)
-        names, kind = form["options"].split(), "choice"
-        if len(names) > 1:
-            options = record.options([record.text(field) for field in names], names[0])
-        elif fields.get(names[0]) is None:  # a question about a number
-            options, kind = [], "number"
+        fields = {"task": task, "folder": folder} | fields | {form["answer"]: str(fields.get(form["answer"], ""))}
+        record = data._Record(f"{name}, record {number}", fields)
+        answer, kind, options = record.text(form["answer"]), "choice", []
+        if fields.get(first) is None and not more:
+            kind = "number"
+            record.check(data._number(answer) is not None, form["answer"], f"{answer[:60]!r} is no number; write one")
         else:
-            options = record.options(record.texts(names[0]), names[0])
-        answer = record.text(form["answer"], str(fields.get(form["answer"], "")))
-        if kind == "number":
-            if data._number(answer) is None:
-                raise record.error(form["answer"], f"{answer[:60]!r} is no number")
-        elif form.get("counted"):
-            if not re.fullmatch("[0-9]{1,2}", answer) or int(answer) >= len(options):
-                raise record.error(form["answer"], f"{answer[:60]!r} is not among the {len(options)} options; count from 0")
-            answer = chr(65 + int(answer))
-        else:  # the words as they stand, else a letter
-            answer = chr(65 + options.index(answer)) if answer in options else record.answer(form["answer"], options)
-        try:
-            video = form["video"].format_map(fields)
-        except KeyError as error:
-            raise record.error(error.args[0], "missing; it names the video") from None
-        if ".." in video.split("/"):
-            raise record.error("video", "leaves the video folder; drop the '..'")
-        bounds = record.number("start"), record.number("end")
-        found = finder.find(video)
-        samples.append(data.Sample(
-            f"{name}:{number}", record.text("question"), options, answer, kind, found, missing=[] if found else [video],
-            group=str(fields.get(form["group"], "")), bounds=None if None in bounds else bounds))
+            words = [record.text(field) for field in (first, *more)] if more else record.texts(first)
+            options = record.options(words, first)
+            index = options.index(answer) if answer in options else None  # the words as they stand, else a letter
+            if form.get("counted"):
+                index = int(answer) if re.fullmatch("[0-9]{1,2}", answer) else len(options)
+                record.check(index < len(options), form["answer"], f"not among the {len(options)} options; count from 0")
+            answer = record.answer(form["answer"], options) if index is None else data.LETTERS[index]
+        for field in re.findall("{(.*?)}", form["video"]):
+            record.check(isinstance(fields.get(field), str), field, "missing or no text; it names the video")
+        video = form["video"].format_map(fields)
+        record.check(".." not in video.split("/"), "video", "leaves the video folder; drop the '..'")
+        found, bounds = finder.find(video), (record.number("start"), record.number("end"))
+        samples.append(data.Sample(f"{name}:{number}", record.text("question"), options, answer, kind, found,
+                                   missing=[] if found else [video], group=str(fields.get(form["group"], "")),
+                                   bounds=None if None in bounds else bounds))
     return samples
 
 
-def load_benchmark(paths: str, video_root: str | None, benchmark: str | None = None, seed: int = 0):
-    """(samples, how the overall mean is taken) of annotation files a,b; each file's benchmark is told by its fields.
-
-    Raises data.DataError, one line, on the first bad record.
-    """
-    files, samples, overall = [Path(part.strip()) for part in paths.split(",") if part.strip()], [], set()
+def load_benchmark(s: appo.Settings, benchmark: str | None = None) -> tuple[list[data.Sample], str]:
+    """(samples, "questions" or "tasks": how the overall mean is taken) of the files --data a,b; a file's benchmark is told
+    by its fields. Missing videos are listed and an error, unless --skip_missing. DataError on the first bad record."""
+    files, samples, overall = [Path(part.strip()) for part in s.data.split(",") if part.strip()], [], set()
     for path in files:
         records = read_records(path)
-        first = records[0] if records and isinstance(records[0], dict) else {}
-        chosen = benchmark or next((name for name, form in BENCHMARKS.items() if form["mark"] in first), None)
-        form = BENCHMARKS.get(chosen, {})
-        overall.add(form.get("overall", "questions"))
         name = path.name if sum(other.name == path.name for other in files) == 1 else str(path)  # ids stay unique
-        if form.get("mark") in first and "answer" in form:
-            loaded = read_own(path, name, records, form, video_root)
+        chosen = benchmark or next((key for key, form in BENCHMARKS.items() if form["mark"] in records[0]), "video_r1")
+        form = BENCHMARKS[chosen]
+        overall.add(form.get("overall", "questions"))
+        if "answer" in form and form["mark"] in records[0]:
+            loaded = read_own(path, name, records, form, s.video_root)
         else:
-            loaded = [replace(sample, id=f"{name}:{sample.id.rpartition(':')[2]}")
-                      for sample in data.load_samples(path, video_root, seed=seed)]
+            loaded = data.load_samples(path, s.video_root, seed=s.seed)
         level = re.search("L[123]", path.stem) if chosen == "seed_bench_r1" else None
         for sample in loaded:
+            sample.id = f"{name}:{sample.id.rpartition(':')[2]}"
             sample.question = form.get("prompt", "{question}").replace("{question}", sample.question)
             sample.group = level[0] if level else sample.group
         samples += loaded
-    return samples, overall.pop() if len(overall) == 1 else "questions"
-
-
-def present(samples: list[data.Sample], s: appo.Settings) -> list[data.Sample]:
-    """The samples whose files are there; missing ones are listed, and an error unless --skip_missing."""
     missing = [name for sample in samples for name in sample.missing]
     if missing:
-        print(f"{len(missing)} of {len(samples)} samples lack a file:", *map(escaped, missing[:10]), sep="\n  ", file=sys.stderr)
-    samples = [sample for sample in samples if not sample.missing]
-    if missing and not s.skip_missing or not samples:
-        raise appo.RunError(f"{s.data}: {len(missing)} files are missing; mend --video_root or go on without by --skip_missing")
-    return samples
+        print(f"{s.data}: {len(missing)} files are missing:", *map(escaped, missing[:10]), sep="\n  ", file=sys.stderr)
+    there = [sample for sample in samples if not sample.missing]
+    if missing and not s.skip_missing or not there:
+        raise data.DataError(f"{s.data}: {len(missing)} files are missing; mend --video_root, or leave these samples out by "
+                             "--skip_missing")
+    return there, overall.pop() if len(overall) == 1 else "questions"
+
+
+def read_prompts(samples: list[data.Sample], tokenizer, s: appo.Settings, bar: tqdm) -> Iterator[tuple[dict, list[dict]]]:
+    """(prompts by number of the sample, records of what is left out), `rollout_groups` samples at a time, decoded ahead."""
+    size = s.rollout_groups
+    batches = ({n: (samples[n], None) for n in range(i, min(i + size, len(samples)))} for i in range(0, len(samples), size))
+    with open_reader(s) as reader:
+        for batch in data.read_ahead(reader, batches):
+            yield data.build_prompts(batch, tokenizer, s.max_prompt_tokens)
+            bar.update(len(batch))
+
+
+def open_reader(s: appo.Settings) -> data.VideoReader:
+    return data.VideoReader(s.readers, s.decode_timeout, fps=s.fps, max_frames=s.max_frames, min_pixels=s.min_pixels,
+                            max_pixels=s.max_pixels)
 
 
 # --------------------------------------------------------------------------------------------- decoding and scores
@@ -163,26 +164,38 @@ def present(samples: list[data.Sample], s: appo.Settings) -> list[data.Sample]:
 DECODING = dict(temperature=0.1, top_p=0.001, top_k=1, repetition_penalty=1.05)  # supplement, Tab. B
 
 
+def place() -> tuple[torch.device, torch.dtype]:
+    """Where and in which type models run."""
+    _, _, device = model_utils.init_processes()
+    return device, torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def load_model(name: str):
+    device, dtype = place()
+    return model_utils.load_model(name, dtype, device)
+
+
 def evaluation_decoding(prompts: list, vocabulary: int, penalty: float = DECODING["repetition_penalty"]) -> Callable:
     """choose(logits [B, V], response_ids [B, t]) -> ids [B]: the supplement's evaluation decoding, for `rollout`.
 
-    Of one candidate (top-k 1) temperature and top-p change nothing: it is the argmax of the penalised logits. The
-    penalty divides positive and multiplies negative logits of every token that is in the prompt or the response so far.
+    Of one candidate (top-k 1) temperature and top-p change nothing: it is the argmax of the penalised logits. The penalty
+    divides the positive and multiplies the negative logits of every token in the prompt or in the response so far.
     """
-    device = prompts[0].input_ids.device
-    in_prompt = torch.zeros(len(prompts), vocabulary, dtype=torch.bool, device=device)
+    in_prompt = torch.zeros(len(prompts), vocabulary, dtype=torch.bool, device=prompts[0].input_ids.device)
     for row, prompt in zip(in_prompt, prompts):
         row[prompt.input_ids] = True
 
     def choose(logits: Tensor, response_ids: Tensor) -> Tensor:
         seen = in_prompt.repeat_interleave(len(logits) // len(in_prompt), 0).scatter(1, response_ids, True)  # [B, V]
-        return logits.where(~seen, torch.where(logits > 0, logits / penalty, logits * penalty)).argmax(-1)
+        return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits).argmax(-1)
 
     return choose
 
 
 def respond(model, tokenizer, prompts: list[data.Prompt], max_new_tokens: int) -> list[str]:
     """One response to each prompt, by evaluation decoding."""
+    if not prompts:
+        return []
     encoded = [model_utils.encode_prompt(model, prompt) for prompt in prompts]
     nothing_random = torch.zeros(len(prompts), 1, max_new_tokens, dtype=torch.float64)
     rollouts = model_utils.rollout(model, encoded, nothing_random, attention_layers=0,
@@ -191,13 +204,16 @@ def respond(model, tokenizer, prompts: list[data.Prompt], max_new_tokens: int) -
 
 
 def score_response(response: str, sample: data.Sample) -> dict[str, float]:
-    """accuracy (numbers: mean relative accuracy) and format; for grounding iou, iop and acc_gqa (right and iop >= 0.5)."""
+    """accuracy (numbers: mean relative accuracy) and format; grounding: iou, iop, acc_gqa (right, and IoP >= 0.5), too."""
     scores = {"accuracy": data.accuracy_reward(response, sample), "format": data.format_reward(response, sample)}
     if sample.kind == "grounding":
         spans = data.parse_spans(data._element(response, "time") or "")
         scores["iou"], scores["iop"] = data.temporal_iou(spans, sample.spans, sample.duration)
         scores["acc_gqa"] = float(scores["accuracy"] == 1 and scores["iop"] >= 0.5)
     return scores
+
+
+COLUMNS = {"accuracy": "accuracy", "format": "format", "iou": "mIoU", "iop": "mIoP", "acc_gqa": "Acc@GQA"}
 
 
 def summarise(records: list[dict], overall: str = "questions") -> dict[str, dict]:
@@ -207,17 +223,18 @@ def summarise(records: list[dict], overall: str = "questions") -> dict[str, dict
     Example: means 0.2, 0.4, 0.9 of the three levels and 0.7 of another task -> (0.5 + 0.7) / 2 = 0.6.
     """
     def means(part: list[dict]) -> dict:
-        names = [name for name in ("accuracy", "format", "iou", "iop", "acc_gqa") if any(name in r for r in part)]
-        return {"n": len(part)} | {name: float(np.mean([r[name] for r in part if name in r])) for name in names}
+        return {"n": len(part)} | {name: float(np.mean([r[name] for r in part if name in r])) for name in COLUMNS
+                                   if any(name in r for r in part)}
 
-    table = {group: means([r for r in records if r["group"] == group]) for group in sorted({r["group"] for r in records})}
-    total = means(records)
-    if overall == "tasks":
-        for name in total.keys() - {"n"}:
-            tasks: dict[str, list[float]] = {}
-            for group, row in table.items():
-                tasks.setdefault(re.sub("^(object_rel_direction)_.*", r"\1", group), []).append(row[name])
-            total[name] = float(np.mean([np.mean(levels) for levels in tasks.values()]))
+    groups = defaultdict(list)
+    for record in records:
+        groups[record["group"]].append(record)
+    table, total = {group: means(part) for group, part in sorted(groups.items())}, means(records)
+    for name in total.keys() - {"n"} if overall == "tasks" else ():
+        tasks = defaultdict(list)
+        for group, row in table.items():
+            tasks[re.sub("^(object_rel_direction)_.*", r"\1", group)].append(row[name])
+        total[name] = float(np.mean([np.mean(levels) for levels in tasks.values()]))
     return table | {"all": total}
 
 
@@ -227,85 +244,65 @@ def escaped(text: str) -> str:
 
 
 def print_table(rows: list[list]) -> None:
-    cells = [[f"{c:.3f}" if isinstance(c, float) else escaped(str(c)) for c in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
+    cells = [[f"{cell:.3f}" if isinstance(cell, float) else escaped(str(cell)) for cell in row] for row in rows]
+    first, *widths = [max(map(len, column)) for column in zip(*cells)]
     for row in cells:
-        print("  ".join([row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:])]))
+        print("  ".join([row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], widths))]))
 
 
 def read_responses(folder: str) -> list[dict]:
     """The records of FOLDER/responses.jsonl; half a last line, of a run that was killed, does not count."""
     path = Path(folder) / "responses.jsonl"
     if not path.is_file():
-        raise appo.RunError(f"{path}: no such file; give a folder that `evaluate.py score` has written")
+        raise RunError(f"{path}: no such file; give a folder that `evaluate.py score` has written")
     return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
 
 
-def batches_of(samples: list[data.Sample], size: int) -> Iterator[dict]:
-    return ({n: (samples[n], None) for n in range(i, min(i + size, len(samples)))} for i in range(0, len(samples), size))
-
-
-def reader_for(s: appo.Settings) -> data.VideoReader:
-    return data.VideoReader(s.readers, s.decode_timeout, fps=s.fps, max_frames=s.max_frames, min_pixels=s.min_pixels,
-                            max_pixels=s.max_pixels)
-
-
-def load_model(name: str):
-    _, _, device = model_utils.init_processes()
-    return model_utils.load_model(name, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
-
-
 def score(options, s: appo.Settings) -> None:
-    """Every response is written as it comes; a run that was stopped goes on where it was."""
-    samples, overall = load_benchmark(s.data, s.video_root, options.benchmark, s.seed)
-    samples, output = present(samples, s), Path(options.output)
-    settings = {name: getattr(s, name) for name in ("model", "data", "fps", "max_frames", "min_pixels", "max_pixels",
-                                                    "max_new_tokens", "max_prompt_tokens", "seed")}
-    settings |= {"benchmark": options.benchmark, "decoding": DECODING, "prompt": data.prompt_text(samples[0], data.Visual(
-        torch.empty(0), None, [], [], [], None, s.max_frames))}
+    """Benchmark scores. Every response is written as it comes; a run that was stopped goes on where it was."""
+    samples, overall = load_benchmark(s, options.benchmark)
+    output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
-    place, responses = output / "summary.json", output / "responses.jsonl"
-    earlier = json.loads(place.read_text()).get("settings") if place.exists() else settings
+    summary, responses = output / "summary.json", output / "responses.jsonl"
+    settings = {"benchmark": options.benchmark, "decoding": DECODING} | {name: getattr(s, name) for name in (
+        "model", "data", "fps", "max_frames", "min_pixels", "max_pixels", "max_new_tokens", "max_prompt_tokens", "seed")}
+    earlier = json.loads(summary.read_text())["settings"] if summary.exists() else settings
     if differing := [name for name in settings if earlier.get(name) != settings[name]]:
-        raise appo.RunError(f"{output}: holds responses of another {differing[0]}; give another --output")
-    place.write_text(json.dumps({"settings": settings}, indent=1))
+        raise RunError(f"{output}: holds responses with another {differing[0]}; give another --output")
+    summary.write_text(json.dumps({"settings": settings}, indent=1))
     responses.touch()
     records = read_responses(options.output)
     os.truncate(responses, responses.read_bytes().rfind(b"\n") + 1)
     done = {record["id"] for record in records}
-    todo = [sample for sample in samples if sample.id not in done]
-    model, tokenizer = load_model(s.model)
-    with reader_for(s) as reader, open(responses, "a") as file, tqdm(total=len(samples), initial=len(done)) as bar:
-        for batch in data.read_ahead(reader, batches_of(todo, s.rollout_groups)):
+    todo, (model, tokenizer) = [sample for sample in samples if sample.id not in done], load_model(s.model)
+    with open(responses, "a") as file, tqdm(total=len(samples), initial=len(done), desc="score") as bar:
+        for prompts, skipped in read_prompts(todo, tokenizer, s, bar):
             started = time.perf_counter()
-            prompts, skipped = data.build_prompts(batch, tokenizer, s.max_prompt_tokens)
+            texts = respond(model, tokenizer, list(prompts.values()), s.max_new_tokens)
+            seconds = (time.perf_counter() - started) / max(len(texts), 1)
             fresh = [{"id": skip["id"], "skipped": skip["reason"]} for skip in skipped]
-            texts = respond(model, tokenizer, list(prompts.values()), s.max_new_tokens) if prompts else []
             for prompt, text in zip(prompts.values(), texts):
-                one = prompt.sample
-                fresh.append({"id": one.id, "group": one.group, "question": one.question, "answer": one.answer,
-                              "response": text, **score_response(text, one),
-                              "seconds": round((time.perf_counter() - started) / len(texts), 4)})
+                sample = prompt.sample
+                fresh.append({"id": sample.id, "group": sample.group, "question": sample.question, "answer": sample.answer,
+                              "prompt": data.prompt_text(sample, prompt), "response": text, "seconds": round(seconds, 4)}
+                             | score_response(text, sample))
             file.writelines(json.dumps(record) + "\n" for record in fresh)
             file.flush()
             records += fresh
-            bar.update(len(fresh))
             if scored := [record["accuracy"] for record in records if "accuracy" in record]:
                 bar.set_postfix(accuracy=f"{np.mean(scored):.3f}")
-    scored, skipped = ([r for r in records if ("skipped" in r) == kind] for kind in (False, True))
+    scored, skipped = ([record for record in records if ("skipped" in record) == kind] for kind in (False, True))
     if not scored:
-        raise appo.RunError(f"{s.data}: no sample could be read, the first: {escaped(skipped[0]['skipped'])}")
+        raise RunError(f"{s.data}: no sample could be read, the first: {skipped[0]['skipped']}")
     table = summarise(scored, overall)
-    place.write_text(json.dumps({
-        "settings": settings, "overall": f"mean over {overall}", "results": table, "skipped": skipped, "torch": torch.__version__,
-        "seconds": sum(record["seconds"] for record in scored)}, indent=1))
-    names = [name for name in ("n", "accuracy", "format", "iou", "iop", "acc_gqa") if name in table["all"]]
-    titles = {"iou": "mIoU", "iop": "mIoP", "acc_gqa": "Acc@GQA"}
-    print_table([["group", *(titles.get(name, name) for name in names)],
-                 *([group or "-", *(row.get(name, "") for name in names)] for group, row in table.items())])
-    print(f"skipped {len(skipped)} of {len(records)}", *(f"{r['id']}: {r['skipped']}" for r in map(
-        lambda r: {k: escaped(v) for k, v in r.items()}, skipped[:10])), sep="\n  ")
-    print(f"first response: {escaped(scored[0]['response'][:400])}\nall responses: {responses}; settings and results: {place}")
+    summary.write_text(json.dumps({
+        "settings": settings, "overall": f"mean over {overall}", "results": table, "skipped": skipped, "prompt": scored[0]["prompt"],
+        "seconds": sum(record["seconds"] for record in scored), "torch": torch.__version__}, indent=1))
+    names = [name for name in COLUMNS if name in table["all"]]
+    print_table([["group", "n", *(COLUMNS[name] for name in names)],
+                 *([group or "-", row["n"], *(row.get(name, "") for name in names)] for group, row in table.items())])
+    print(f"skipped {len(skipped)} of {len(records)}", *(escaped(f"{r['id']}: {r['skipped']}") for r in skipped[:10]), sep="\n  ")
+    print(f"first response: {escaped(scored[0]['response'][:400])}\nresponses: {responses}; settings and results: {summary}")
 
 
 def bootstrap_interval(differences: np.ndarray, seed: int = 0, draws: int = 10_000) -> tuple[float, float]:
@@ -316,24 +313,21 @@ def bootstrap_interval(differences: np.ndarray, seed: int = 0, draws: int = 10_0
 
 
 def compare(options, _) -> None:
-    """B minus A, over the questions that both have answered."""
+    """Accuracy of B minus accuracy of A, over the questions that both have answered."""
     first, second = ({(r["id"], r["question"]): r["accuracy"] for r in read_responses(folder) if "accuracy" in r}
                      for folder in (options.first, options.second))
-    common = sorted(first.keys() & second.keys())
-    if not common:
-        raise appo.RunError(f"{options.first} and {options.second} have no question in common; score the same --data")
+    if not (common := sorted(first.keys() & second.keys())):
+        raise RunError(f"{options.first} and {options.second} have no question in common; score the same --data")
     a, b = (np.array([scores[key] for key in common]) for scores in (first, second))
     low, high = bootstrap_interval(b - a, options.seed)
     print_table([["", "n", "accuracy"], [options.first, len(a), a.mean().item()], [options.second, len(b), b.mean().item()]])
-    print(f"difference {(b - a).mean():+.3f}, 95% interval {low:+.3f} to {high:+.3f} (paired bootstrap, {len(common)} common "
-          f"questions; {len(first) + len(second) - 2 * len(common)} in one alone)")
+    print(f"difference {(b - a).mean():+.3f}, 95% interval {low:+.3f} to {high:+.3f} (paired bootstrap over {len(common)} common "
+          f"questions; {len(first) + len(second) - 2 * len(common)} are in one alone)")
 
 
 # ------------------------------------------------------------------------------------------------------- pictures
 
 def save_figure(figure, output: str) -> None:
-    if Path(output).suffix not in (".png", ".pdf"):
-        raise appo.RunError(f"{output}: give --output a name that ends in .png or .pdf")
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a token in a script that the font lacks shows as a box
@@ -345,83 +339,74 @@ def thumbnails(prompt: data.Prompt) -> np.ndarray:
     """uint8 [F, h, w, 3]: the first frame of each visual step as the vision tower sees it, from the patches."""
     t, h, w = prompt.video_grids[0]
     x = prompt.patches[:t * h * w].view(t, h // 2, w // 2, 2, 2, 3, 2, 14, 14)[:, :, :, :, :, :, 0]
-    x = x.permute(0, 1, 3, 6, 2, 4, 7, 5).reshape(t, h * 14, w * 14, 3)  # [F, h*14, w*14, 3]
+    x = x.permute(0, 1, 3, 6, 2, 4, 7, 5).reshape(t, h * 14, w * 14, 3)  # [F, h * 14, w * 14, 3]
     return ((x * data._STD.view(3) + data._MEAN.view(3)) * 255).round().clamp(0, 255).to(torch.uint8).numpy()
 
 
-def sample_group(model, tokenizer, prompts: dict[int, data.Prompt], s: appo.Settings) -> list[appo.Group]:
+def sample_groups(model, tokenizer, prompts: dict[int, data.Prompt], s: appo.Settings) -> list[appo.Group]:
     """Groups of G sampled responses with scores and crucial frames, by the training's own rollout."""
-    run = appo.Run(settings=s, model=model, tokenizer=tokenizer, policy=None, reference=None, optimizer=None, rank=0, world=1,
-                   weigh=None)
-    return appo.roll_out(run, prompts)
+    return appo.roll_out(appo.Run(settings=s, model=model, tokenizer=tokenizer, policy=None, reference=None, optimizer=None,
+                                  rank=0, world=1), prompts)
 
 
-def draw_attention(panels: list[tuple[str, appo.Group, list[str], int]], output: str) -> None:
-    """Fig. A, C, F: for each (title, group, words of the shown response, its number), frames across, tokens down."""
+def draw_attention(panels: list[tuple[str, appo.Group, int, list[str]]], output: str) -> None:
+    """Fig. A, C, F. Of each (title, group, number of the shown response, its words): frames across, tokens down."""
     from matplotlib.figure import Figure
-    steps, tokens = panels[0][1].rollout.prompt.num_steps, max(len(words) for _, _, words, _ in panels)
+    steps, tokens = panels[0][1].prompt.num_steps, max(len(words) for *_, words in panels)
     width, height = max(4.5, 0.55 * steps), 0.17 * tokens + 0.4
     figure = Figure(figsize=((width + 1.6) * len(panels), height + 2))
     grid = figure.add_gridspec(2, len(panels), height_ratios=[min(0.9, width / steps), height], wspace=0.35, hspace=0.04)
-    for column, (title, group, words, shown) in enumerate(panels):
-        attention = group.rollout.frame_attention[shown, :len(words)].float().cpu().numpy()  # [R, F]
+    for column, (title, group, shown, words) in enumerate(panels):
         top, below = figure.add_subplot(grid[0, column]), figure.add_subplot(grid[1, column])
-        frames = thumbnails(group.prompt)
-        for step, frame in enumerate(frames):
+        image = below.imshow(group.rollout.frame_attention[shown, :len(words)].float().cpu(), aspect="auto", cmap="Blues", vmin=0)
+        for step, frame in enumerate(thumbnails(group.prompt)):
             top.imshow(frame, extent=(step - 0.46, step + 0.46, 0, 1), aspect="auto")
             if group.crucial[step]:
-                top.add_patch(__import__("matplotlib.patches").patches.Rectangle(
-                    (step - 0.46, 0), 0.92, 1, fill=False, edgecolor="tab:red", linewidth=2.5))
+                top.axvspan(step - 0.47, step + 0.47, fill=False, edgecolor="tab:red", linewidth=2.5)
                 below.axvspan(step - 0.5, step + 0.5, fill=False, edgecolor="tab:red", linewidth=1)
         top.set(xlim=(-0.5, steps - 0.5), ylim=(-0.03, 1.03))
         top.axis("off")
         top.set_title(title, fontsize=8, parse_math=False)
-        image = below.imshow(attention, aspect="auto", cmap="Blues", vmin=0)
-        seconds = group.prompt.seconds_per_grid[0]
-        below.set_xticks(range(0, steps, stride := -(-steps // 16)), [f"{f * seconds:.3g}" for f in range(0, steps, stride)],
-                         fontsize=7)
+        shown_steps = range(0, steps, -(-steps // 16))
+        below.set_xticks(shown_steps, [f"{step * group.prompt.seconds_per_grid[0]:.3g}" for step in shown_steps], fontsize=7)
         below.set_yticks(range(len(words)), words, fontsize=7, parse_math=False)
         below.set_xlabel(f"seconds; red: crucial frames of {len(group.texts)} responses", fontsize=8)
-        figure.colorbar(image, ax=below, fraction=0.03, pad=0.01).ax.tick_params(labelsize=6)
+        figure.colorbar(image, ax=[top, below], fraction=0.03, pad=0.02).ax.tick_params(labelsize=6)
     save_figure(figure, output)
 
 
 def attention(options, s: appo.Settings) -> None:
-    samples, _ = load_benchmark(s.data, s.video_root, None, s.seed)
-    wanted = [sample for sample in samples if options.sample in (sample.id, sample.id.rpartition(":")[2])]
-    if not wanted:
-        raise appo.RunError(f"--sample {options.sample}: {s.data} has no such record; count from 0")
-    panels = []
-    with reader_for(s) as reader:
-        visual = reader.submit(wanted[0]).result()
-    if not visual.video_grids:
-        raise appo.RunError(f"{wanted[0].id}: has no video; choose another --sample")
+    """What each token of a response attends to, and the crucial frames of its group; several models side by side."""
+    samples, panels = load_benchmark(s)[0], []
+    sample = next((one for one in samples if options.sample in (one.id, one.id.rpartition(":")[2])), None)
+    if sample is None or sample.video is None:
+        raise RunError(f"--sample {options.sample}: {s.data} has no such record with a video; count from 0")
     for name in [s.model, *options.model2]:
-        model, tokenizer = load_model(name)
-        own = settings_of([*options.rest, "--model", name])
-        group, = sample_group(model, tokenizer, {0: data.build_prompt(wanted[0], visual, tokenizer)}, own)
+        own, (model, tokenizer) = settings_of([*options.rest, "--model", name]), load_model(name)
+        with open_reader(own) as reader:
+            prompt = data.build_prompt(sample, reader.submit(sample).result(), tokenizer)
+        group, = sample_groups(model, tokenizer, {0: prompt}, own)
         accuracy = group.scores["accuracy"]
         shown = int((accuracy >= own.threshold).int().argmax())  # the first right response, else the first
         ids = group.rollout.response_ids[shown][group.rollout.response_mask[shown]]
-        words = [escaped(tokenizer.decode([i])) for i in ids.tolist()]
-        question = wanted[0].question if len(wanted[0].question) < 90 else wanted[0].question[:87] + "..."
-        panels.append((f"{name}\n{escaped(question)}\nanswer {wanted[0].answer}; this response scores {accuracy[shown]:.2f}, "
-                       f"the group {accuracy.mean():.2f}", group, words, shown))
+        question = escaped(sample.question if len(sample.question) < 90 else sample.question[:87] + "...")
+        panels.append((f"{name}\n{question}\nanswer {sample.answer}; this response scores {accuracy[shown]:.2f}, its group "
+                       f"{accuracy.mean():.2f}", group, shown, [escaped(tokenizer.decode([i])) for i in ids.tolist()]))
     draw_attention(panels, options.output)
 
 
 CURVES = ("accuracy", "reward", "entropy", "grad_norm", "response_length")
 
 
-def read_run(folder: str) -> tuple[str, dict[str, np.ndarray]]:
-    """(what the run is, {metric: [steps]}) of a run folder; steps without a metric are nan."""
+def read_run(folder: Path) -> tuple[str, dict[str, np.ndarray]]:
+    """(what the run is, {metric: [steps]}) of a run folder; nan at steps without a metric."""
     try:
-        config = json.loads((Path(folder) / "config.json").read_text())
-        lines = (Path(folder) / "metrics.jsonl").read_text().split("\n")[:-1]  # the last line may be half
+        config = json.loads((folder / "config.json").read_text())["settings"]
+        lines = (folder / "metrics.jsonl").read_text().split("\n")[:-1]  # the last line may be half
         records = [json.loads(line) for line in lines]
-    except (OSError, ValueError):
-        raise appo.RunError(f"{folder}: no run of appo.py (config.json and metrics.jsonl); give run folders") from None
-    label = config["algorithm"] + (f", {config['strategy']}, alpha {config['alpha']:g}" if config["alpha"] else "")
+        label = config["algorithm"] + (f", {config['strategy']}, alpha {config['alpha']:g}" if config["alpha"] else "")
+    except (OSError, ValueError, KeyError):
+        raise RunError(f"{folder}: no run of appo.py (config.json and metrics.jsonl); give run folders") from None
     return label, {name: np.array([record.get(name, np.nan) for record in records]) for name in CURVES}
 
 
@@ -433,30 +418,26 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 def curves(options, _) -> None:
     """Runs alike in algorithm, strategy and alpha are seeds of one: their mean, and a band of one standard deviation."""
     from matplotlib.figure import Figure
-    runs: dict[str, list[dict]] = {}
-    for folder in options.runs:
-        if len(options.runs) > 1 and not (Path(folder) / "metrics.jsonl").exists():
-            continue  # runs/* also holds the built-in task
-        label, run = read_run(folder)
-        if len(run["accuracy"]):
-            runs.setdefault(label, []).append(run)
-    if not runs:
-        raise appo.RunError("no run with a finished step; give run folders of appo.py")
+    runs = defaultdict(list)
+    for folder in map(Path, options.runs):
+        if len(options.runs) == 1 or (folder / "metrics.jsonl").exists():  # runs/* also holds the built-in task
+            label, run = read_run(folder)
+            runs[label].append(run)
+    if not any(len(run["accuracy"]) for seeds in runs.values() for run in seeds):
+        raise RunError("no run with a finished step; give run folders of appo.py")
     figure = Figure(figsize=(15, 3), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(CURVES)), CURVES):
         for label, seeds in runs.items():
-            steps = min(len(seed[name]) for seed in seeds)
-            lines = np.stack([smooth(seed[name][:steps], options.smooth) for seed in seeds])  # [seeds, steps]
+            steps = min(len(run[name]) for run in seeds)
+            lines = np.stack([smooth(run[name][:steps], options.smooth) for run in seeds])  # [seeds, steps]
             mean, spread, x = lines.mean(0), lines.std(0), np.arange(1, steps + 1)
             line, = axes.plot(x, mean, label=f"{label} ({len(seeds)} run{'s' * (len(seeds) > 1)})", linewidth=1.2)
-            if len(seeds) > 1:
-                axes.fill_between(x, mean - spread, mean + spread, color=line.get_color(), alpha=0.2, linewidth=0)
+            axes.fill_between(x, mean - spread, mean + spread, color=line.get_color(), alpha=0.2, linewidth=0)
         axes.set_title(name.replace("_", " "), fontsize=10)
         axes.set_xlabel("step", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     save_figure(figure, options.output)
 
 
@@ -473,39 +454,37 @@ def focus_difference(focused: Tensor, right: Tensor, seconds: float) -> tuple[st
     the wrong responses. "0 s" where psi(S1) = psi(S2). focused bool [G, F], right bool [G]; seconds per visual step.
     Example: steps of 2 s, right {0, 1}, wrong {3, 4}: |1 - 7| = 6 s, bin "6 to 9 s".
     """
-    times = (focused.double() * torch.arange(focused.shape[1])).sum(1) / focused.sum(1) * seconds  # [G]
     if torch.equal(focused[right].any(0), focused[~right].any(0)):
         return "0 s", 0.0
-    difference = abs(times[right].mean() - times[~right].mean()).item()
+    times = (focused.double() * torch.arange(focused.shape[1])).sum(1) / focused.sum(1) * seconds  # [G]
+    difference = (times[right].mean() - times[~right].mean()).abs().item()
     return list(TAB_A)[1 + min(int(difference / 3), 5)], difference
 
 
 def focus(options, s: appo.Settings) -> None:
-    samples, (model, tokenizer) = present(load_benchmark(s.data, s.video_root, None, s.seed)[0], s), load_model(s.model)
-    bins, uniform, unreadable = Counter(), 0, 0
-    with reader_for(s) as reader, tqdm(total=len(samples)) as bar:
-        for batch in data.read_ahead(reader, batches_of(samples, s.rollout_groups)):
-            prompts, skipped = data.build_prompts(batch, tokenizer, s.max_prompt_tokens)
-            prompts = {n: prompt for n, prompt in prompts.items() if prompt.num_steps}
-            for group in sample_group(model, tokenizer, prompts, s) if prompts else []:
+    """Tab. A: differences in focused frames between the right and the wrong responses of a sample."""
+    samples, (model, tokenizer) = load_benchmark(s)[0], load_model(s.model)
+    bins, left_out = Counter(), Counter({"one kind of response alone": 0, "unreadable or too long": 0, "no video": 0})
+    with tqdm(total=len(samples), desc="focus") as bar:
+        for prompts, skipped in read_prompts(samples, tokenizer, s, bar):
+            left_out["unreadable or too long"] += len(skipped)
+            left_out["no video"] += sum(not prompt.num_steps for prompt in prompts.values())
+            for group in sample_groups(model, tokenizer, {n: p for n, p in prompts.items() if p.num_steps}, s):
                 right, rollout = group.scores["accuracy"] >= s.threshold, group.rollout
                 if right.all() or not right.any():
-                    uniform += 1
+                    left_out["one kind of response alone"] += 1
                     continue
                 focused = appo.focused_frames(rollout.frame_attention, rollout.response_mask, k1=s.k1, k2=s.k2)
                 bins[focus_difference(focused.cpu(), right.cpu(), group.prompt.seconds_per_grid[0])[0]] += 1
-            unreadable += len(skipped)
-            bar.update(len(batch))
-    total = sum(bins.values())
-    if not total:
-        raise appo.RunError("no sample has right and wrong responses; take more samples or a larger --group_size")
+    if not (total := bins.total()):
+        raise RunError(f"no sample has right and wrong responses ({dict(left_out)}); take more, or a larger --group_size")
     shares = {name: 100 * bins[name] / total for name in TAB_A}
     print_table([["difference", "samples", "percent", "paper"],
                  *([name, bins[name], f"{shares[name]:.1f}", f"{TAB_A[name]:.1f}"] for name in TAB_A)])
-    print(f"{total} samples with right and wrong responses; {uniform} with one kind alone, {unreadable} skipped")
+    print(f"{total} samples; left out:", ", ".join(f"{number} {reason}" for reason, number in left_out.items()))
     if options.output:
         Path(options.output).write_text(json.dumps({"model": s.model, "data": s.data, "samples": bins, "percent": shares,
-                                                    "one_kind_alone": uniform, "skipped": unreadable}, indent=1))
+                                                    "left_out": left_out}, indent=1))
 
 
 DESCRIBE = ("Describe this video in detail, in the order in which things happen: who and what is seen, what they do, colours, "
@@ -514,27 +493,27 @@ DESCRIBE = ("Describe this video in detail, in the order in which things happen:
 
 def load_text_model(name: str):
     """(model, tokenizer) of an ordinary language model with a chat template."""
-    _, _, device = model_utils.init_processes()
+    device, dtype = place()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     except (OSError, ValueError) as error:
-        raise appo.RunError(f"{name}: no usable text model ({str(error).splitlines()[0]})") from None
+        raise RunError(f"{name}: no usable text model ({str(error).splitlines()[0]}); give a folder or hub name") from None
     if tokenizer.chat_template is None:
-        raise appo.RunError(f"{name}: its tokenizer has no chat template; take an instruction-tuned model")
+        raise RunError(f"{name}: its tokenizer has no chat template; take an instruction-tuned model")
     return model.to(device).eval(), tokenizer
 
 
 @torch.no_grad()
 def answer_from_text(model, tokenizer, sample: data.Sample, description: str, max_new_tokens: int) -> str:
     """A text model's answer to a question about a video of which it knows the description alone."""
-    kind = "choice" if sample.kind == "grounding" else sample.kind
-    told = replace(sample, kind=kind, question=f"A video is described as follows.\n{description}\n\n{sample.question}")
+    told = replace(sample, kind="choice" if sample.kind == "grounding" else sample.kind,
+                   question=f"A video is described as follows.\n{description}\n\n{sample.question}")
     chat = tokenizer.apply_chat_template([{"role": "user", "content": data.prompt_text(told, None).replace("<|", "< |")}],
                                          add_generation_prompt=True, tokenize=False)
     ids = tokenizer(chat, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
-    decoding = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id,
-                                eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
+    ends = model.generation_config.eos_token_id or tokenizer.eos_token_id
+    decoding = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id,
                                 repetition_penalty=DECODING["repetition_penalty"])  # greedy is top-k 1
     output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=decoding)
     return tokenizer.decode(output[0, ids.shape[1]:], skip_special_tokens=True)
@@ -542,27 +521,21 @@ def answer_from_text(model, tokenizer, sample: data.Sample, description: str, ma
 
 def decouple(options, s: appo.Settings) -> None:
     """Accuracy of every pair of a perception model, which describes the video without knowing the question, and a
-    reasoning model, which answers from the description: does seeing or thinking limit the accuracy?"""
-    samples = present(load_benchmark(s.data, s.video_root, None, s.seed)[0], s)
-    output, table = Path(options.output), [["accuracy", *options.reasoning.split(",")]]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with open(output, "w") as file:
+    reasoning model, which answers from the description: is it seeing or thinking that limits the accuracy?"""
+    samples, reasoners = load_benchmark(s)[0], options.reasoning.split(",")
+    asked = [replace(sample, question=DESCRIBE, options=[], kind="description") for sample in samples]
+    table = [["perception / reasoning", "videos", *reasoners]]
+    with open(options.output, "w") as file:
         for perception in options.perception.split(","):
-            model, tokenizer = load_model(perception)
-            described, own = {}, settings_of([*options.rest, "--model", perception])
-            with reader_for(own) as reader, tqdm(total=len(samples), desc="describe") as bar:
-                asked = [replace(sample, question=DESCRIBE, options=[], kind="description") for sample in samples]
-                for batch in data.read_ahead(reader, batches_of(asked, own.rollout_groups)):
-                    prompts, _ = data.build_prompts(batch, tokenizer, own.max_prompt_tokens)
-                    texts = respond(model, tokenizer, list(prompts.values()), own.max_new_tokens) if prompts else []
-                    described |= dict(zip(prompts, texts))
-                    bar.update(len(batch))
-            del model
-            table.append([f"{perception} ({len(described)} of {len(samples)} videos read)"])
-            for reasoning in options.reasoning.split(","):
-                model, tokenizer = load_text_model(reasoning)
-                right = []
-                for n, description in tqdm(described.items(), desc="answer"):
+            own, (model, tokenizer) = settings_of([*options.rest, "--model", perception]), load_model(perception)
+            descriptions = {}
+            with tqdm(total=len(samples), desc="describe") as bar:
+                for prompts, _ in read_prompts(asked, tokenizer, own, bar):
+                    descriptions |= zip(prompts, respond(model, tokenizer, list(prompts.values()), own.max_new_tokens))
+            table.append([perception, f"{len(descriptions)} of {len(samples)}"])
+            for reasoning in reasoners:
+                (model, tokenizer), right = load_text_model(reasoning), []
+                for n, description in tqdm(descriptions.items(), desc="answer"):
                     response = answer_from_text(model, tokenizer, samples[n], description, own.max_new_tokens)
                     right.append(data.accuracy_reward(response, samples[n]))
                     file.write(json.dumps({"id": samples[n].id, "perception": perception, "reasoning": reasoning,
@@ -574,10 +547,12 @@ def decouple(options, s: appo.Settings) -> None:
 # ----------------------------------------------------------------------------------------------------- throughput
 
 PHASES = ("embed", "prefill", "decode", "score", "weights", "update")
+USUAL = "usual way"
 
 
-def random_model(folder: str | None, dtype: torch.dtype, device: torch.device):
-    """(model, tokenizer) with random weights, of a configuration folder, or of 12 layers and 512 wide (57M parameters)."""
+def random_model(folder: str | None):
+    """(model, tokenizer) with random weights: of a configuration folder, or of 12 layers and 512 wide (56M parameters)."""
+    device, dtype = place()
     if folder is None:
         small, tokenizer = model_utils.tiny_model([f"w{i}" for i in range(32_760)])
         config = small.config.to_dict()
@@ -586,20 +561,27 @@ def random_model(folder: str | None, dtype: torch.dtype, device: torch.device):
                                           rope_type="default", rope_theta=1e6, mrope_section=[8, 12, 12]))
         config["vision_config"] |= dict(depth=8, hidden_size=256, num_heads=4, intermediate_size=704, out_hidden_size=512,
                                         fullatt_block_indexes=[3, 7])
-        config, generation = Qwen2_5_VLConfig(**config), small.generation_config
+        config = Qwen2_5_VLConfig(**config)
     else:
         try:
             config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
             if config.model_type != "qwen2_5_vl":
-                raise OSError(f"it is of type {config.model_type}, not qwen2_5_vl")
+                raise ValueError(f"it is of type {config.model_type}, not qwen2_5_vl")
         except (OSError, ValueError) as error:
-            raise appo.RunError(f"{folder}: no usable configuration ({str(error).splitlines()[0]})") from None
-        generation = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+            raise RunError(f"{folder}: no usable configuration ({str(error).splitlines()[0]}); give a model folder") from None
     torch.manual_seed(0)
     with device:
         model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="grouped_decoding")
-    model.generation_config = generation
+    model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id)
     return model.eval().requires_grad_(False), tokenizer
+
+
+def noise_prompts(tokenizer, count: int, frames: int) -> dict[int, data.Prompt]:
+    """Prompts about noise: 64 visual tokens a step of two frames, as 50,176 pixels a frame give."""
+    sample, grid = data.Sample("", "what happens ?", ["one", "two", "three", "four"], "A", "choice"), (-(-frames // 2), 16, 16)
+    noise = [torch.randn(grid[0] * 256, 1176, generator=torch.Generator().manual_seed(n)) for n in range(count)]
+    return {n: data.build_prompt(sample, data.Visual(patches, None, [grid], [], [2.0], float(frames), frames), tokenizer)
+            for n, patches in enumerate(noise)}
 
 
 def clock(device: torch.device) -> float:
@@ -611,23 +593,22 @@ def clock(device: torch.device) -> float:
 @contextmanager
 def inner_phases(model) -> Iterator[Counter]:
     """Seconds inside the vision tower ("embed") and inside the language model's calls of several tokens ("prefill")."""
-    seconds, started = Counter(), {}
+    seconds, started, hooks = Counter(), [], []
 
-    def phase(module, inputs: dict) -> str | None:
-        if module is model.model.visual:
-            return "embed"
-        return "prefill" if inputs["inputs_embeds"].shape[1] > 1 else None  # a decoding step must not wait for a clock
+    def time_calls(module, phase: str, counts: Callable) -> None:
+        def before(_, args, inputs):
+            if counts(inputs):
+                started.append(clock(model.device))
 
-    def before(module, args, inputs):
-        if name := phase(module, inputs):
-            started[name] = clock(model.device)
+        def after(_, args, inputs, output):
+            if counts(inputs):
+                seconds[phase] += clock(model.device) - started.pop()
 
-    def after(module, args, inputs, output):
-        if name := phase(module, inputs):
-            seconds[name] += clock(model.device) - started[name]
+        hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        hooks.append(module.register_forward_hook(after, with_kwargs=True))
 
-    hooks = [hook for module in (model.model.visual, model.model.language_model) for hook in (
-        module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after, with_kwargs=True))]
+    time_calls(model.model.visual, "embed", lambda inputs: True)
+    time_calls(model.model.language_model, "prefill", lambda inputs: inputs["inputs_embeds"].shape[1] > 1)
     try:
         yield seconds
     finally:
@@ -637,224 +618,202 @@ def inner_phases(model) -> Iterator[Counter]:
 
 def training_work(run: appo.Run, prompts: dict[int, data.Prompt]) -> tuple[dict[str, float], dict[int, appo.Group]]:
     """The work of one training step, by the training's own functions: (seconds of each phase, the groups)."""
+    s, device = run.settings, run.model.device
     run.seconds.clear()
-    run.last = clock(run.model.device)
+    run.last = clock(device)
     with inner_phases(run.model) as inner:
         groups = {group.position: group for group in appo.roll_out(run, prompts)}
-    for group in groups.values():  # a random model is never right: let half of each group be, so that there is work to do
-        half = (torch.arange(len(group.texts), device=run.model.device) % 2).float()
-        group.scores["accuracy"], group.advantages = half, appo.group_advantages(half)
-        if run.settings.alpha:
-            s, rollout = run.settings, group.rollout
-            group.crucial = appo.crucial_frames(rollout.frame_attention, rollout.response_mask, half, k1=s.k1, k2=s.k2)
-    run.last = clock(run.model.device)
+    for group in groups.values():  # noise is never answered: let half of each group be right, so that there is work to do
+        half, rollout = torch.arange(s.group_size, device=device) % 2 * 1.0, group.rollout
+        group.advantages = appo.group_advantages(half)
+        group.crucial = appo.crucial_frames(rollout.frame_attention, rollout.response_mask, half, k1=s.k1, k2=s.k2)
+    run.last = clock(device)
     appo.update(run, groups, [(position, 0) for position in groups])
-    return {"embed": run.seconds["embed"], "prefill": inner["prefill"], "decode": run.seconds["rollout"] - inner["prefill"],
-            **{phase: run.seconds[phase] for phase in ("score", "weights", "update")}}, groups
+    seconds = run.seconds
+    return {"embed": seconds["embed"], "prefill": inner["prefill"], "decode": seconds["rollout"] - inner["prefill"],
+            "score": seconds["score"], "weights": seconds["weights"], "update": seconds["update"]}, groups
 
 
-def usual_work(plain, optimizer, groups: dict[int, appo.Group], s: appo.Settings):
+def usual_work(plain, optimizer, groups: dict[int, appo.Group], s: appo.Settings) -> tuple[dict[str, float], float, float]:
     """The same step in the usual way, on the same prompts and responses: prompt and video repeated G times, `generate` with
-    eager attention and all attention weights kept, G full sequences in the update. It is given our positions, because
-    transformers' own restart too early after a video, SDPA in vision tower and update, and logits of the responses alone.
-
-    Returns (seconds of each phase, largest difference to the groups' log-probabilities, to their frame attention).
+    eager attention and all attention weights kept, G full sequences in the update. Kinder to it than the released code: SDPA
+    in vision tower and update, logits of the responses alone. It is given our positions: transformers' own restart too
+    early after a video. Returns (seconds of each phase, largest difference of log-probabilities, of frame attention).
     """
-    seconds, log_prob_gap, attention_gap = Counter(), 0.0, 0.0
-    for group in groups.values():
-        prompt, rollout = group.prompt, group.rollout
+    seconds, log_prob_gap, attention_gap, device = Counter(), 0.0, 0.0, plain.device
+
+    def lap(phase: str, last: list = [0.0]) -> None:
+        now = clock(device)
+        seconds[phase] += now - last[0]
+        last[0] = now
+
+    for prompt, rollout, group in ((group.prompt, group.rollout, group) for group in groups.values()):
         encoded, (group_size, length) = rollout.prompt, rollout.response_ids.shape
-        prompt_length, device = len(encoded.input_ids), plain.device
-        ids = encoded.input_ids.expand(group_size, -1)
+        start, ids = len(encoded.input_ids), encoded.input_ids.expand(group_size, -1)
+        positions = encoded.positions[:, None].expand(3, group_size, -1)
         video = dict(pixel_values_videos=prompt.patches.to(device, plain.dtype).repeat(group_size, 1),
                      video_grid_thw=torch.tensor(prompt.video_grids, device=device).repeat(group_size, 1))
 
         def same_response(input_ids: Tensor, scores: Tensor) -> Tensor:
-            chosen = rollout.response_ids[:, input_ids.shape[1] - prompt_length, None]
-            return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
+            return torch.full_like(scores, -torch.inf).scatter(1, rollout.response_ids[:, input_ids.shape[1] - start, None], 0.0)
 
         plain.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
-        started = clock(device)
+        lap("setup")
         with torch.no_grad(), inner_phases(plain) as inner:
-            output = plain.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=encoded.positions[:, None].expand(
-                    3, group_size, -1), **video, max_new_tokens=length, do_sample=False, logits_processor=[same_response],
-                output_attentions=bool(s.alpha), return_dict_in_generate=True)
-        generated = clock(device)
-        assert torch.equal(output.sequences[:, prompt_length:], rollout.response_ids)
-        seconds += Counter(embed=inner["embed"], prefill=inner["prefill"],
-                           decode=generated - started - inner["embed"] - inner["prefill"])
+            output = plain.generate(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, **video,
+                                    max_new_tokens=length, do_sample=False, logits_processor=[same_response],
+                                    output_attentions=bool(s.alpha), return_dict_in_generate=True)
+        lap("decode")
+        seconds += inner
+        seconds["decode"] -= inner.total()
         frame_attention = rollout.frame_attention
-        if s.alpha:
-            pooling = encoded.frame_pooling()
-            frame_attention = torch.stack([  # of each step the last layers, the last query, its prompt keys: [G, R, F]
-                torch.stack([a[:, :, -1, :prompt_length].float().mean(1) for a in layers[-s.attention_layers:]]).mean(0) @ pooling
-                for layers in output.attentions], dim=1)
+        if s.alpha:  # of each step: the last layers, the last query, mean over heads, pooled over the prompt's steps
+            read = [torch.stack([layer[:, :, -1, :start].float().mean(1) for layer in step[-s.attention_layers:]]).mean(0)
+                    for step in output.attentions]
+            frame_attention = torch.stack(read, 1) @ encoded.frame_pooling()  # [G, R, F]
             attention_gap = max(attention_gap, (frame_attention - rollout.frame_attention).abs().max().item())
+            del read
         del output
-        weighed = clock(device)
+        lap("weights")
         plain.set_attn_implementation("sdpa")
-        after = (encoded.next_position + torch.arange(length, device=device)).expand(3, -1)
-        positions = torch.cat([encoded.positions, after], 1)[:, None].expand(3, group_size, -1)
-        sequence = torch.cat([ids, rollout.response_ids], 1)
-        logits = plain(input_ids=sequence, attention_mask=torch.ones_like(sequence), position_ids=positions, **video,
-                       use_cache=False, logits_to_keep=length + 1).logits[:, :-1]  # [G, R, V]
-        logits = model_utils.sampling_logits(logits, plain.config, s.temperature)
+        after = (encoded.next_position + torch.arange(length, device=device)).expand(3, group_size, -1)
+        sequences = torch.cat([ids, rollout.response_ids], 1)
+        logits = plain(input_ids=sequences, attention_mask=torch.ones_like(sequences), **video, use_cache=False,
+                       position_ids=torch.cat([positions, after], 2), logits_to_keep=length + 1).logits[:, :-1]
+        logits = model_utils.sampling_logits(logits, plain.config, s.temperature)  # [G, R, V]
         log_probs = logits.log_softmax(-1).gather(-1, rollout.response_ids[..., None])[..., 0]
-        forward = clock(device)
-        weights = None if s.alpha == 0 else appo.perception_token_weights(
-            frame_attention, logits.detach(), rollout.response_mask, group.crucial, k3=s.k3, alpha=s.alpha)
-        counted = clock(device)
-        loss, _ = appo.clipped_surrogate_loss(
-            log_probs, log_probs.detach(), group.advantages, rollout.response_mask, token_weights=weights,
-            clip_low=s.clip_low, clip_high=s.clip_high, average=s.average)
-        (loss / len(groups)).backward()
         log_prob_gap = max(log_prob_gap, (log_probs - group.old_log_probs).abs().max().item())
-        seconds += Counter(weights=weighed - generated + counted - forward, update=forward - weighed + clock(device) - counted)
-    started = clock(device)
+        lap("update")
+        weights = appo.perception_token_weights(frame_attention, logits.detach(), rollout.response_mask, group.crucial, k3=s.k3,
+                                                alpha=s.alpha) if s.alpha else None
+        lap("weights")
+        loss, _ = appo.clipped_surrogate_loss(log_probs, log_probs.detach(), group.advantages, rollout.response_mask,
+                                              token_weights=weights, clip_low=s.clip_low, clip_high=s.clip_high, average=s.average)
+        (loss / len(groups)).backward()
+        lap("update")
     torch.nn.utils.clip_grad_norm_([p for p in plain.parameters() if p.requires_grad], s.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
-    seconds["update"] += clock(device) - started
+    lap("update")
     return {phase: seconds[phase] for phase in PHASES}, log_prob_gap, attention_gap
 
 
-def decoding_share(model, groups: dict[int, appo.Group], decode: float) -> float:
-    """Share of the decoding speed that reading weights and cache once a step allows, by the measured copy bandwidth."""
-    block = torch.empty(1 << 28, dtype=torch.uint8, device=model.device)
-    copies = []
+def fastest_decoding(model, groups: dict[int, appo.Group]) -> float:
+    """Seconds that decoding takes if a step reads weights and cache once, at the measured bandwidth of a copy."""
+    block, copies = torch.ones(1 << 28, dtype=torch.uint8, device=model.device), []
     for _ in range(5):
         started = clock(model.device)
-        block.clone()
+        block.clone()  # reads and writes
         copies.append(clock(model.device) - started)
-    config, one = model.config.text_config, next(iter(groups.values())).rollout
+    config, rollouts = model.config.text_config, [group.rollout for group in groups.values()]
     weights = sum(p.numel() for p in model.model.language_model.layers.parameters()) + model.lm_head.weight.numel()
-    head_dim = config.hidden_size // config.num_attention_heads
-    tokens = sum(len(g.rollout.prompt.input_ids) + g.rollout.response_ids.numel() / 2 for g in groups.values())  # on average
-    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * tokens
-    step = (weights + cache) * next(model.parameters()).element_size() / (2 * block.numel() / min(copies[1:]))
-    return step * one.response_ids.shape[1] / decode
+    tokens = sum(len(r.prompt.input_ids) + r.response_ids.numel() / 2 for r in rollouts)  # responses: half full on average
+    cache = tokens * config.num_hidden_layers * 2 * config.hidden_size * config.num_key_value_heads / config.num_attention_heads
+    return rollouts[0].response_ids.shape[1] * (weights + cache) * model.dtype.itemsize * min(copies[1:]) / (2 * block.numel())
 
 
 def peak_memory(device: torch.device) -> float:
-    """GB: of the allocator on a GPU, else of the process since its start."""
+    """GB: on a GPU of the allocator since the last reset, else of the process since its start."""
     return (torch.cuda.max_memory_allocated() if device.type == "cuda" else
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": float(np.median(values)), "low": min(values), "high": max(values)}
-
-
 def throughput(options, _) -> None:
-    """Tab. F. Rounds are interleaved: each runs every algorithm once, and ratios are medians of a round's ratios, so that
-    what else happens on the machine touches all alike. The first round warms up and checks that the numbers agree."""
-    algorithms, (_, _, device) = options.algorithms.split(","), model_utils.init_processes()
+    """Tab. F: the work of training steps with responses of fixed length. Every round runs each algorithm once, and ratios
+    are medians of the rounds' ratios, so that what else the machine does touches all alike. A round goes before, to warm up;
+    in it the usual way has the same weights, so its numbers must agree with ours."""
+    algorithms, (device, dtype) = options.algorithms.split(","), place()
     if wrong := set(algorithms) - {"appo", "dapo", "grpo"}:
-        raise appo.RunError(f"--algorithms {wrong.pop()}: choose among appo, dapo and grpo")
-    if min(options.frames, options.group, options.new_tokens, options.prompts, options.repetitions) < 1 or options.group < 2:
-        raise appo.RunError("--frames, --new_tokens, --prompts and --repetitions start at 1, --group at 2")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    if options.model and not options.random_weights:
-        model, tokenizer = model_utils.load_model(options.model, dtype, device)
+        raise RunError(f"--algorithms {wrong.pop()}: choose among appo, dapo and grpo")
+    if options.random_weights or not options.model:
+        model, tokenizer = random_model(options.model)
     else:
-        model, tokenizer = random_model(options.model, dtype, device)
-    model.generation_config.eos_token_id = model.config.vision_start_token_id  # never sampled: all responses are full
-    plain, settings = None, {}
-    if options.against_plain:  # a twin with the same weights
-        plain = Qwen2_5_VLForConditionalGeneration._from_config(copy.deepcopy(model.config), dtype=dtype, attn_implementation="eager")
+        model, tokenizer = load_model(options.model)
+    model.generation_config.eos_token_id = model.config.vision_start_token_id  # is never sampled: all responses are full
+    policy = model_utils.Policy(model)
+    reference = model_utils.Policy(model).to(dtype).requires_grad_(False) if "grpo" in algorithms else None
+    if options.against_plain:  # a twin
+        plain = Qwen2_5_VLForConditionalGeneration._from_config(copy.deepcopy(model.config), dtype=dtype, attn_implementation="sdpa")
         plain.load_state_dict(model.state_dict())
         plain.to(device).eval().generation_config = copy.deepcopy(model.generation_config)
-        trained = [*plain.model.language_model.parameters(), *plain.lm_head.parameters()]
+        plain.model.visual.requires_grad_(False)
+        plain_optimizer = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=1e-6, weight_decay=0.0)
+    for trained in [policy.language_model] + [plain.model.language_model] * options.against_plain:
         if options.gradient_checkpointing:
-            plain.gradient_checkpointing_enable({"use_reentrant": False})
-        plain_optimizer = torch.optim.AdamW({id(p): p for p in trained}.values(), lr=1e-6, weight_decay=0.0)
-    for name in algorithms:
-        settings[name] = appo.Settings(algorithm=name, **appo.PRESETS[name], prompts_per_step=options.prompts, seed=options.seed,
-                                       rollout_groups=options.rollout_groups, group_size=options.group,
-                                       max_new_tokens=options.new_tokens)
-    policy = model_utils.Policy(model)
-    if options.gradient_checkpointing:
-        policy.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+            trained.train().gradient_checkpointing_enable({"use_reentrant": False})
     policy = model_utils.shard(policy, device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0)
-    reference = model_utils.Policy(model).to(dtype).requires_grad_(False) if "grpo" in algorithms else None
-    runs = {name: appo.Run(settings=s, model=model, tokenizer=tokenizer, policy=policy, optimizer=optimizer, rank=0, world=1,
-                           reference=reference if s.kl_coef else None, weigh=appo.weigh_tokens) for name, s in settings.items()}
-
-    def prompts_of(frames: int) -> dict[int, data.Prompt]:
-        grid, made = (-(-frames // 2), 16, 16), {}  # 64 visual tokens a step, 2 frames of 50,176 pixels
-        sample = data.Sample("", "w1 w2 w3 what happens here ?", ["one", "two", "three", "four"], "A", "choice")
-        for n in range(options.prompts):
-            noise = torch.randn(grid[0] * 256, 1176, generator=torch.Generator().manual_seed(n))
-            visual = data.Visual(noise, None, [grid], [], [2.0], float(frames), frames)
-            made[n] = data.build_prompt(sample, visual, tokenizer)
-        return made
-
-    prompts, rounds, memory, gaps, groups = prompts_of(options.frames), [], {}, (), {}
-    for repetition in range(1 + options.repetitions):
+    runs = {}
+    for name in algorithms:
+        s = appo.Settings(algorithm=name, **appo.PRESETS[name], prompts_per_step=options.prompts, group_size=options.group,
+                          rollout_groups=options.rollout_groups, max_new_tokens=options.new_tokens, seed=options.seed)
+        runs[name] = appo.Run(settings=s, model=model, tokenizer=tokenizer, policy=policy, optimizer=optimizer, rank=0, world=1,
+                              reference=reference if s.kl_coef else None)
+    first, prompts = runs[algorithms[0]], noise_prompts(tokenizer, options.prompts, options.frames)
+    rounds, memory, gaps, groups = [], {}, None, {}
+    for number in range(1 + options.repetitions):
         rounds.append({})
         for name, run in runs.items():
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            rounds[-1][name], groups[name] = training_work(run, prompts)
+            rounds[-1][name], made = training_work(run, prompts)
             memory[name] = peak_memory(device)
-            if plain is not None and name == algorithms[0]:
-                rounds[-1]["usual way"], *now = usual_work(plain, plain_optimizer, groups[name], settings[name])
-                gaps = gaps or now  # of the first round, when the weights are the same
-        print(f"round {repetition} of {options.repetitions}: " + ", ".join(
+            if run is first:
+                groups = made
+        if options.against_plain:
+            rounds[-1][USUAL], *differences = usual_work(plain, plain_optimizer, groups, first.settings)
+            memory[USUAL], gaps = peak_memory(device), gaps or differences
+        print(f"round {number} of {options.repetitions}:", ", ".join(
             f"{name} {sum(phases.values()):.2f} s" for name, phases in rounds[-1].items()), file=sys.stderr)
-    rounds = rounds[1:]
-    tokens = options.prompts * options.group * options.new_tokens
+    for one in rounds:
+        for phases in one.values():
+            phases["step"] = sum(phases.values())
+    rounds, rows = rounds[1:], ("step", *PHASES)
+
+    def ratio(above: str, below: str, phase: str = "step") -> float | None:
+        """Median of the rounds' ratios of seconds; None where a phase does not occur."""
+        return float(np.median([one[above][phase] / one[below][phase] for one in rounds])) if rounds[0][below][phase] else None
+
+    per_step = {"samples_per_second": options.prompts, "tokens_per_second": options.prompts * options.group * options.new_tokens}
     result = {"device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
               "torch": torch.__version__, "options": {k: v for k, v in vars(options).items() if not callable(v)},
               "prompt_tokens": len(prompts[0].input_ids), "algorithms": {}}
     for name in rounds[0]:
-        totals = [sum(one[name].values()) for one in rounds]
-        result["algorithms"][name] = {"step": spread(totals)} | {
-            phase: spread([one[name][phase] for one in rounds]) for phase in PHASES} | {
-            "samples_per_second": spread([options.prompts / total for total in totals]),
-            "tokens_per_second": spread([tokens / total for total in totals]),
-            "peak_memory_gb": memory.get(name, peak_memory(device))}
-
-    def ratio(above: str, below: str, phase: str | None = None) -> float | None:
-        """Median of the rounds' ratios of seconds; None where the phase takes no time."""
-        seconds = [[one[name][phase] if phase else sum(one[name].values()) for name in (above, below)] for one in rounds]
-        return float(np.median([a / b for a, b in seconds])) if all(b > 0 for _, b in seconds) else None
-
-    print_table([["median seconds (lowest to highest)", *result["algorithms"]], *(
-        [phase] + [f"{r[phase]['median']:.3f} ({r[phase]['low']:.3f} to {r[phase]['high']:.3f})"
-                   for r in result["algorithms"].values()] for phase in ("step", *PHASES)), *(
-        [rate.replace("_", " ")] + [f"{r[rate]['median']:.3f}" for r in result["algorithms"].values()]
-        for rate in ("samples_per_second", "tokens_per_second")),
-        ["peak memory, GB" + ("" if device.type == "cuda" else " (process)")] + [
-            f"{r['peak_memory_gb']:.2f}" for r in result["algorithms"].values()]])
-    for name in algorithms:
-        if "dapo" in runs and name != "dapo":
-            result[f"{name}_over_dapo"] = ratio("dapo", name)  # of the speed: DAPO's seconds over its own
-            paper = ", paper: 0.81 (3B, 30 frames), 0.93 (7B, 16 frames)" if name == "appo" else ""
-            print(f"{name} / dapo, samples per second: {result[f'{name}_over_dapo']:.3f}{paper}")
-    first = result["algorithms"][algorithms[0]]
-    result["decoding_share_of_bandwidth"] = decoding_share(model, groups[algorithms[0]], first["decode"]["median"])
-    print(f"decoding: {result['decoding_share_of_bandwidth']:.2f} of the speed that reading weights and cache once a step allows")
-    if plain is not None:
-        result["plain_over_ours"] = {phase or "step": ratio("usual way", algorithms[0], phase) for phase in (None, *PHASES)}
+        seconds = {phase: [one[name][phase] for one in rounds] for phase in rows}
+        spread = {phase: {"median": float(np.median(s)), "low": min(s), "high": max(s)} for phase, s in seconds.items()}
+        result["algorithms"][name] = {"seconds": spread, "peak_memory_gb": memory[name]} | {
+            rate: amount / spread["step"]["median"] for rate, amount in per_step.items()}
+    columns = result["algorithms"].values()
+    print(f"{result['device']}, torch {torch.__version__}, {result['prompt_tokens']} prompt tokens; seconds: median (low to high)")
+    print_table([["", *result["algorithms"]]] + [
+        [phase] + ["{median:.3f} ({low:.3f} to {high:.3f})".format(**column["seconds"][phase]) for column in columns]
+        for phase in rows] + [[rate] + [column[rate] for column in columns] for rate in (*per_step, "peak_memory_gb")])
+    for name in set(runs) - {"dapo"} if "dapo" in runs else ():
+        result[f"{name}_over_dapo"] = ratio("dapo", name)  # of the speeds
+        paper = "; paper: 0.81 (3B, 30 frames), 0.93 (7B, 16 frames)" if name == "appo" else ""
+        print(f"{name} / dapo, samples per second: {result[f'{name}_over_dapo']:.3f}{paper}")
+    share = fastest_decoding(model, groups) / result["algorithms"][algorithms[0]]["seconds"]["decode"]["median"]
+    result["decoding_share_of_bandwidth"] = share
+    print(f"decoding: {share:.2f} of the speed that reading weights and cache once a step allows")
+    if options.against_plain:
+        result["plain_over_ours"] = {phase: ratio(USUAL, algorithms[0], phase) for phase in rows}
         result["largest_difference"] = dict(zip(("log_probs", "frame_attention"), gaps))
-        print(f"usual way / {algorithms[0]}, seconds:", ", ".join(
-            f"{phase} {value:.2f}" for phase, value in result["plain_over_ours"].items() if value))
+        print(f"{USUAL} / {algorithms[0]}, seconds:", ", ".join(
+            f"{phase} {value:.2f}" for phase, value in result["plain_over_ours"].items() if value is not None))
         print(f"largest difference: log-probabilities {gaps[0]:.1e}, frame attention {gaps[1]:.1e}")
-        if not max(gaps) < (1e-3 if dtype == torch.float32 else 1.0):
-            raise appo.RunError("the two ways do not compute the same numbers; the ratios above mean nothing")
     if options.sweep:
-        result["growth"], run = [], runs[algorithms[0]]
-        for group_size, frames in [(g, options.frames) for g in (2, 4, 8, 16)] + [(options.group, f) for f in (8, 16, 32, 64)]:
-            run.settings = replace(settings[algorithms[0]], group_size=group_size)
-            work = [training_work(run, prompts_of(frames))[0] for _ in range(1 + options.repetitions)][1:]
-            result["growth"].append({"group": group_size, "frames": frames, "step": float(np.median([sum(w.values()) for w in work]))}
-                                    | {phase: float(np.median([w[phase] for w in work])) for phase in PHASES})
+        sizes = [(group, options.frames) for group in (2, 4, 8, 16)] + [(options.group, frames) for frames in (8, 16, 32, 64)]
+        settings, result["growth"] = first.settings, []
+        for group, frames in sizes:
+            first.settings, prompts = replace(settings, group_size=group), noise_prompts(tokenizer, options.prompts, frames)
+            work = [training_work(first, prompts)[0] for _ in range(1 + options.repetitions)][1:]
+            seconds = {phase: float(np.median([one[phase] for one in work])) for phase in PHASES}
+            result["growth"].append({"group": group, "frames": frames, "step": sum(seconds.values())} | seconds)
         print_table([list(result["growth"][0]), *(list(row.values()) for row in result["growth"])])
     if options.output:
         Path(options.output).write_text(json.dumps(result, indent=1))
+    if gaps and not max(gaps) < (1e-3 if dtype == torch.float32 else 1.0):  # bf16 rounds: its difference is to be judged
+        raise RunError("the usual way does not compute the same numbers; the ratios mean nothing")
 
 
 # ----------------------------------------------------------------------------------------------- the command line
@@ -863,8 +822,20 @@ class Parser(argparse.ArgumentParser):
     error = appo.Parser.error  # one line
 
 
+def positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError("give a whole number above 0")
+    return int(text)
+
+
+def picture(text: str) -> str:
+    if Path(text).suffix not in (".png", ".pdf"):
+        raise argparse.ArgumentTypeError(f"{text}: give a name that ends in .png or .pdf")
+    return text
+
+
 def settings_of(arguments: list[str]) -> appo.Settings:
-    """appo.py's options by appo.py's rules; without --data the built-in task's test questions."""
+    """appo.py's options, by its rules; without --data the built-in task's test questions."""
     s = appo.parse_settings(appo.Parser(appo.Settings, prog="evaluate.py", allow_abbrev=False), arguments)
     appo.prepare_built_in(s)
     s.data = s.eval_data or s.data
@@ -872,54 +843,56 @@ def settings_of(arguments: list[str]) -> appo.Settings:
 
 
 def command_line() -> argparse.ArgumentParser:
-    parser = Parser(prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False)
+    parser = Parser(prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
 
-    def add(function: Callable, *options: tuple, runs_model: bool = False) -> None:
-        command = commands.add_parser(function.__name__, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                      description=function.__doc__, epilog="And the options of appo.py." if runs_model else None)
+    def add(function: Callable, runs_model: bool, **options: dict) -> None:
+        command = commands.add_parser(function.__name__, allow_abbrev=False, description=function.__doc__,
+                                      epilog="The options of appo.py may follow." if runs_model else None)
         command.set_defaults(function=function, runs_model=runs_model)
-        for *names, keywords in options:
-            command.add_argument(*names, **keywords)
+        for name, keywords in options.items():
+            keywords["help"] += f" (default: {keywords['default']})" if keywords.get("default") else ""
+            command.add_argument(name if keywords.pop("positional", False) else f"--{name}", **keywords)
 
-    def output(name: str | None, what: str) -> tuple:
-        return "--output", dict(default=name, help=what)
-
-    add(score, ("--benchmark", dict(choices=list(BENCHMARKS), help="whose records these are; default: told by their fields")),
-        output("scores", "folder for responses.jsonl and summary.json; a stopped run goes on there"), runs_model=True)
-    add(compare, ("first", dict(help="folder A")), ("second", dict(help="folder B")), ("--seed", dict(type=int, default=0, help="of "
-        "the bootstrap")))
-    add(attention, ("--model2", dict(nargs="+", default=[], help="further models, drawn beside the first")),
-        ("--sample", dict(default="0", help="number or id of the record")), output("attention.png", ".png or .pdf"), runs_model=True)
-    add(curves, ("runs", dict(nargs="+", help="run folders")), ("--smooth", dict(type=int, default=5, help="steps to average over")),
-        output("curves.png", ".png or .pdf"))
-    add(focus, output(None, "write the table to this .json, too"), runs_model=True)
-    add(decouple, ("--perception", dict(required=True, help="video models M,M2")), ("--reasoning", dict(required=True, help="text "
-        "models T,T2")), output("decouple.jsonl", "every description and answer"), runs_model=True)
-    add(throughput, ("--model", dict(help="folder; default: a model of 12 layers and 512 wide")),
-        ("--random_weights", dict(action="store_true", help="the folder's configuration and tokenizer, no weights")),
-        ("--algorithms", dict(default="appo,dapo,grpo", help="the first is compared with the usual way and swept")),
-        ("--against_plain", dict(action="store_true", help="the usual way on the same prompts and responses")),
-        ("--sweep", dict(action="store_true", help="growth with the group size and the frames")),
-        ("--gradient_checkpointing", dict(action="store_true", help="as in appo.py")),
-        output(None, "write every figure to this .json"),
-        *((f"--{name}", dict(type=int, default=value, help=what)) for name, value, what in (
-            ("frames", 30, "frames a video"), ("group", 8, "G"), ("new_tokens", 48, "tokens of every response"),
-            ("prompts", 1, "groups a step"), ("rollout_groups", 16, "groups that decode together"),
-            ("repetitions", 3, "rounds after the warm-up"), ("seed", 0, "of the sampling"))))
+    add(score, True, benchmark=dict(choices=list(BENCHMARKS), help="whose records these are; default: told by their fields"),
+        output=dict(default="scores", help="folder for responses.jsonl and summary.json; a stopped run goes on there"))
+    add(compare, False, first=dict(positional=True, help="folder A"), second=dict(positional=True, help="folder B"),
+        seed=dict(type=int, default=0, help="of the bootstrap"))
+    add(attention, True, model2=dict(nargs="+", default=[], help="further models, drawn beside --model"),
+        sample=dict(default="0", help="number or id of the record"),
+        output=dict(type=picture, default="attention.png", help=".png or .pdf"))
+    add(curves, False, runs=dict(positional=True, nargs="+", help="run folders of appo.py"),
+        smooth=dict(type=positive, default=5, help="steps to average over"),
+        output=dict(type=picture, default="curves.png", help=".png or .pdf"))
+    add(focus, True, output=dict(help="write the table to this .json, too"))
+    add(decouple, True, perception=dict(required=True, help="video models M,M2"),
+        reasoning=dict(required=True, help="text models T,T2"),
+        output=dict(default="decouple.jsonl", help="every description and answer"))
+    add(throughput, False, model=dict(help="model folder; default: a random model of 12 layers and 512 wide"),
+        random_weights=dict(action="store_true", help="take configuration and tokenizer of --model, no weights"),
+        algorithms=dict(default="appo,dapo,grpo", help="the first is compared with the usual way and swept"),
+        against_plain=dict(action="store_true", help="run the usual way on the same prompts and responses"),
+        sweep=dict(action="store_true", help="growth with the group size and with the frames"),
+        gradient_checkpointing=dict(action="store_true", help="as in appo.py"),
+        frames=dict(type=positive, default=30, help="frames a video"), group=dict(type=positive, default=8, help="G"),
+        new_tokens=dict(type=positive, default=48, help="tokens of every response"),
+        prompts=dict(type=positive, default=1, help="groups a step"),
+        rollout_groups=dict(type=positive, default=16, help="groups that decode together"),
+        repetitions=dict(type=positive, default=3, help="rounds after the warm-up"),
+        seed=dict(type=int, default=0, help="of the sampling"), output=dict(help="write every figure to this .json"))
     return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = command_line()
-    options, options.rest = (known := parser.parse_known_args(arguments))[0], known[1]
-    transformers_logging.disable_progress_bar()  # one bar at a time
+    options, rest = parser.parse_known_args(arguments)
+    transformers.utils.logging.disable_progress_bar()  # one bar at a time
     try:
-        if options.rest and not options.runs_model:
-            parser.error(f"unrecognized arguments: {' '.join(options.rest)}")
-        options.function(options, settings_of(options.rest) if options.runs_model else None)
-    except (appo.RunError, data.DataError, data.VideoError, model_utils.ModelError, OSError) as error:
+        if rest and not options.runs_model:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        options.rest = rest
+        options.function(options, settings_of(rest) if options.runs_model else None)
+    except (RunError, data.DataError, data.VideoError, OSError) as error:
         parser.error(escaped(" ".join(str(error).split())))
 
 

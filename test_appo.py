@@ -603,6 +603,29 @@ def test_gradient_of_the_objective(name, average, clip_high, kl_coef, weighted, 
     assert at.grad.abs().max() > 1e-3 and (at.grad[~mask] == 0).all()
 
 
+def test_focused_frames_are_the_k2_highest_of_the_k1_mean():
+    attention = torch.rand(3, 20, 6, generator=torch.Generator().manual_seed(0)).pow(4)
+    mask = torch.arange(20) < torch.tensor([[20], [9], [17]])
+    for k1, k2, focused in ((15, 3, appo.focused_frames(attention, mask)),
+                            (4, 2, appo.focused_frames(attention, mask, k1=4, k2=2))):
+        for i, length in enumerate((20, 9, 17)):
+            score = [sum(sorted(attention[i, :length, f].tolist())[-k1:]) for f in range(6)]
+            assert focused[i].nonzero().flatten().tolist() == top(score, k2)
+
+
+def test_perception_metric_is_a_number_without_gradient():
+    new = torch.log(torch.tensor([[0.5, 0.2]])).requires_grad_()
+    loss, metrics = perception_loss(new, torch.log(torch.tensor([[0.25, 0.2]])), torch.ones(1, 2, dtype=torch.bool), gamma=1.0)
+    assert float(metrics["perception_kl"]) == pytest.approx((0.5 + math.log(2) - 1) / 2, rel=1e-5)
+    assert loss.requires_grad and not metrics["perception_kl"].requires_grad
+    assert appo.group_mean(torch.tensor([[1.0, 5.0], [3.0, 0.0]]), torch.tensor([[True, True], [True, False]]), "tokens") == 3
+    assert appo.group_mean(torch.tensor([[1.0, 5.0], [3.0, 0.0]]), torch.tensor([[True, True], [True, False]]), "responses") == 3
+    with pytest.raises(ValueError, match="token"):
+        appo.group_mean(torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), "token")
+    with pytest.raises(ValueError, match="ref_log_probs"):
+        clipped_surrogate_loss(new, new, torch.ones(1), torch.ones(1, 2, dtype=torch.bool), kl_coef=0.1)
+
+
 # ============================================================================ data.py
 
 READING = dict(fps=1, max_frames=16, min_pixels=3136, max_pixels=50176)
@@ -1410,8 +1433,8 @@ def test_positions_start_the_text_where_the_model_was_trained(tiny):
     model, prompt = tiny[0], make_prompt(tiny[0].config, [(3, 4, 4)], 5, 0)
     kinds = (prompt.input_ids == model.config.video_token_id).int() * 2
     theirs, _ = model.model.get_rope_index(prompt.input_ids[None], kinds[None], video_grid_thw=torch.tensor([(3, 4, 4)]),
-                                           second_per_grid_ts=torch.tensor([1.25]))
-    ours, _ = model_utils.mrope_positions(prompt.input_ids, [(3, 4, 4)], [], [1.25], model.config)
+                                           second_per_grid_ts=torch.tensor([2.0]))
+    ours, _ = model_utils.mrope_positions(prompt.input_ids, [(3, 4, 4)], [], [2.0], model.config)
     end = kinds.nonzero().max() + 1
     assert torch.equal(theirs[:, 0, :end], ours[:, :end])
     assert ours[0, end] == ours[:, :end].max() + 1
