@@ -53,7 +53,7 @@ class Sample:
     question: str
     options: list[str]  # words without letters; [] if there is no choice
     answer: str  # "A".. for choice and grounding, a number as text for number
-    kind: str  # "choice" | "number" | "grounding" (a choice with time spans)
+    kind: str  # "choice", "number", "grounding" (a choice with time spans) or "description" (not scored)
     video: Optional[str] = None
     image: Optional[str] = None
     missing: list[str] = field(default_factory=list)  # paths that were not found; video or image is then None
@@ -534,8 +534,10 @@ class Prompt(Visual):
 
 
 def prompt_text(sample: Sample, visual: Optional[Visual]) -> str:
-    """The user's words: question, options a line each, instruction (Fig. E; Fig. D for grounding)."""
+    """The user's words: question, options a line each, instruction (Fig. E; Fig. D for grounding; none for a description)."""
     question = "\n".join([sample.question] + [f"{letter}. {words}" for letter, words in zip(LETTERS, sample.options)])
+    if sample.kind == "description":
+        return question
     if sample.kind != "grounding":
         return (f"{question}\nOutput the thinking process in <think> </think> and final answer in <answer> </answer> "
                 "tags, i.e., <think> reasoning process here </think><answer> answer here </answer>.")

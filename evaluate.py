@@ -9,7 +9,7 @@
     python evaluate.py throughput --against_plain                    Tab. F, and the usual way beside it
 
 score, attention, focus and decouple take appo.py's options by the same names (--max_frames, --seed, --k2, ...); the
-built-in task is their default. Tables and figures are those of the paper's supplement; letters in shapes as in model_utils.
+built-in task is their default. Tables and figures are the supplement's; letters in shapes as in model_utils.
 """
 import argparse
 import copy
@@ -44,29 +44,33 @@ from model_utils import RunError
 
 # Where MVBench keeps the videos of its 20 tasks; two tasks may hold different videos of one name.
 MVBENCH_FOLDERS = {
-    "clevrer/video_validation": "object_existence moving_direction moving_count moving_attribute counterfactual_inference",
+    "clevrer/video_validation":
+        "object_existence moving_direction moving_count moving_attribute counterfactual_inference",
     "perception/videos": "object_shuffle action_count state_change character_order",
     "star/Charades_v1_480": "action_sequence action_prediction object_interaction", "ssv2_video": "action_antonym",
     "Moments_in_Time_Raw/videos": "fine_grained_action", "FunQA_test/test": "unexpected_action",
     "sta/sta_video": "action_localization", "scene_qa/video": "scene_transition", "nturgbd": "fine_grained_pose",
     "vlnqa": "egocentric_navigation", "tvqa/frames_fps3_hq": "episodic_reasoning"}
 
-# mark: the field that gives a benchmark's records away. options, answer, group, video: its own fields, where data.py does
-# not read it already; counted: the answer is an index from 0. prompt: the benchmark's own words; the instruction to think
-# and answer, on which the models were trained, follows. overall: mean over "questions", or over "tasks" (VSI-Bench).
+# mark: the field that gives a benchmark's records away. options, answer, group, video: its own fields, where data.py
+# does not read it already; counted: the answer is an index from 0. prompt: the benchmark's own words; the instruction
+# to think and answer, on which models were trained, follows. overall: mean over "questions" or "tasks" (VSI-Bench).
 BENCHMARKS = {
     "video_r1": dict(mark="problem"),
     "next_gqa": dict(mark="time_clues"),
     "seed_bench_r1": dict(mark="current_observation_basename"),  # grouped by the L1, L2 or L3 in the file's name
     "perception_test": dict(mark="answer_id", options="options", answer="answer_id", counted=True, group="area",
                             video="{video_name}.mp4"),
-    "next_qa": dict(mark="a0", options="a0 a1 a2 a3 a4", answer="answer", counted=True, group="type", video="{video}.mp4"),
-    "mvbench": dict(mark="candidates", options="candidates", answer="answer", group="task", video="video/{folder}/{video}",
-                    prompt="Carefully watch the video and pay attention to the cause and sequence of events, the detail and "
-                    "movement of objects, and the action and pose of persons. Based on your observations, select the best "
-                    "option that accurately addresses the question.\nQuestion: {question}"),
-    "vsi_bench": dict(mark="scene_name", options="options", answer="ground_truth", group="question_type", overall="tasks",
-                      video="{dataset}/{scene_name}.mp4", prompt="These are frames of a video.\n{question}"),
+    "next_qa": dict(mark="a0", options="a0 a1 a2 a3 a4", answer="answer", counted=True, group="type",
+                    video="{video}.mp4"),
+    "mvbench": dict(mark="candidates", options="candidates", answer="answer", group="task",
+                    video="video/{folder}/{video}",
+                    prompt="Carefully watch the video and pay attention to the cause and sequence of events, the "
+                    "detail and movement of objects, and the action and pose of persons. Based on your observations, "
+                    "select the best option that accurately addresses the question.\nQuestion: {question}"),
+    "vsi_bench": dict(mark="scene_name", options="options", answer="ground_truth", group="question_type",
+                      video="{dataset}/{scene_name}.mp4", overall="tasks",
+                      prompt="These are frames of a video.\n{question}"),
 }
 
 
@@ -77,7 +81,7 @@ def read_records(path: Path) -> list[dict]:
             with open(path, encoding="utf-8-sig", newline="") as file:
                 return list(csv.DictReader(file))
         if path.suffix == ".json" and type(content := json.loads(path.read_text(encoding="utf-8-sig"))) is dict:
-            return [{"video_name": video} | record for video, entry in content.items() for record in entry["mc_question"]]
+            return [{"video_name": name} | record for name, video in content.items() for record in video["mc_question"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError, csv.Error):
         pass  # the reader below names what is wrong
     return data._records(path)
@@ -101,7 +105,7 @@ def read_own(path: Path, name: str, records: list[dict], form: dict, video_root:
             index = options.index(answer) if answer in options else None  # the words as they stand, else a letter
             if form.get("counted"):
                 index = int(answer) if re.fullmatch("[0-9]{1,2}", answer) else len(options)
-                record.check(index < len(options), form["answer"], f"not among the {len(options)} options; count from 0")
+                record.check(index < len(options), form["answer"], f"not one of {len(options)} options; count from 0")
             answer = record.answer(form["answer"], options) if index is None else data.LETTERS[index]
         for field in re.findall("{(.*?)}", form["video"]):
             record.check(isinstance(fields.get(field), str), field, "missing or no text; it names the video")
@@ -115,16 +119,18 @@ def read_own(path: Path, name: str, records: list[dict], form: dict, video_root:
 
 
 def load_benchmark(s: appo.Settings, benchmark: str | None = None) -> tuple[list[data.Sample], str]:
-    """(samples, "questions" or "tasks": how the overall mean is taken) of the files --data a,b; a file's benchmark is told
-    by its fields. Missing videos are listed and an error, unless --skip_missing. DataError on the first bad record."""
+    """(samples, "questions" or "tasks": what the overall mean is over) of the files --data a,b; a file's benchmark is
+    told by its fields. Missing videos are listed, an error unless --skip_missing. DataError on the first bad record.
+    """
     files, samples, overall = [Path(part.strip()) for part in s.data.split(",") if part.strip()], [], set()
     for path in files:
         records = read_records(path)
         name = path.name if sum(other.name == path.name for other in files) == 1 else str(path)  # ids stay unique
-        chosen = benchmark or next((key for key, form in BENCHMARKS.items() if form["mark"] in records[0]), "video_r1")
+        fields = records[0] if records else {}
+        chosen = benchmark or next((key for key, form in BENCHMARKS.items() if form["mark"] in fields), "video_r1")
         form = BENCHMARKS[chosen]
         overall.add(form.get("overall", "questions"))
-        if "answer" in form and form["mark"] in records[0]:
+        if "answer" in form and form["mark"] in fields:
             loaded = read_own(path, name, records, form, s.video_root)
         else:
             loaded = data.load_samples(path, s.video_root, seed=s.seed)
@@ -139,15 +145,15 @@ def load_benchmark(s: appo.Settings, benchmark: str | None = None) -> tuple[list
         print(f"{s.data}: {len(missing)} files are missing:", *map(escaped, missing[:10]), sep="\n  ", file=sys.stderr)
     there = [sample for sample in samples if not sample.missing]
     if missing and not s.skip_missing or not there:
-        raise data.DataError(f"{s.data}: {len(missing)} files are missing; mend --video_root, or leave these samples out by "
-                             "--skip_missing")
+        raise data.DataError(f"{s.data}: {len(missing)} files are missing; mend --video_root, or leave these samples "
+                             "out by --skip_missing")
     return there, overall.pop() if len(overall) == 1 else "questions"
 
 
-def read_prompts(samples: list[data.Sample], tokenizer, s: appo.Settings, bar: tqdm) -> Iterator[tuple[dict, list[dict]]]:
-    """(prompts by number of the sample, records of what is left out), `rollout_groups` samples at a time, decoded ahead."""
-    size = s.rollout_groups
-    batches = ({n: (samples[n], None) for n in range(i, min(i + size, len(samples)))} for i in range(0, len(samples), size))
+def read_prompts(samples: list[data.Sample], tokenizer, s: appo.Settings, bar: tqdm) -> Iterator[tuple[dict, list]]:
+    """(prompts by number of the sample, records of what is left out) of `rollout_groups` samples at a time."""
+    numbered = [(n, (sample, None)) for n, sample in enumerate(samples)]
+    batches = (dict(numbered[i:i + s.rollout_groups]) for i in range(0, len(samples), s.rollout_groups))
     with open_reader(s) as reader:
         for batch in data.read_ahead(reader, batches):
             yield data.build_prompts(batch, tokenizer, s.max_prompt_tokens)
@@ -172,14 +178,16 @@ def place() -> tuple[torch.device, torch.dtype]:
 
 def load_model(name: str):
     device, dtype = place()
+    if appo.is_tiny(name, ""):
+        torch.set_num_threads(1)  # for operations this small, threads mostly wait for each other
     return model_utils.load_model(name, dtype, device)
 
 
 def evaluation_decoding(prompts: list, vocabulary: int, penalty: float = DECODING["repetition_penalty"]) -> Callable:
     """choose(logits [B, V], response_ids [B, t]) -> ids [B]: the supplement's evaluation decoding, for `rollout`.
 
-    Of one candidate (top-k 1) temperature and top-p change nothing: it is the argmax of the penalised logits. The penalty
-    divides the positive and multiplies the negative logits of every token in the prompt or in the response so far.
+    Of one candidate (top-k 1) temperature and top-p change nothing: it is the argmax of the penalised logits. The
+    penalty divides the positive and multiplies the negative logits of every token in the prompt or the response so far.
     """
     in_prompt = torch.zeros(len(prompts), vocabulary, dtype=torch.bool, device=prompts[0].input_ids.device)
     for row, prompt in zip(in_prompt, prompts):
@@ -204,7 +212,7 @@ def respond(model, tokenizer, prompts: list[data.Prompt], max_new_tokens: int) -
 
 
 def score_response(response: str, sample: data.Sample) -> dict[str, float]:
-    """accuracy (numbers: mean relative accuracy) and format; grounding: iou, iop, acc_gqa (right, and IoP >= 0.5), too."""
+    """accuracy (numbers: mean relative accuracy), format; grounding: also iou, iop, acc_gqa (right, and IoP >= 0.5)."""
     scores = {"accuracy": data.accuracy_reward(response, sample), "format": data.format_reward(response, sample)}
     if sample.kind == "grounding":
         spans = data.parse_spans(data._element(response, "time") or "")
@@ -217,8 +225,8 @@ COLUMNS = {"accuracy": "accuracy", "format": "format", "iou": "mIoU", "iop": "mI
 
 
 def summarise(records: list[dict], overall: str = "questions") -> dict[str, dict]:
-    """{group: {n, accuracy, ...}, ..., "all": ...}: means over questions. overall="tasks" (VSI-Bench): "all" is the mean
-    over the tasks, the three levels of object_rel_direction averaged first.
+    """{group: {n, accuracy, ...}, ..., "all": ...}: means over questions. overall="tasks" (VSI-Bench): "all" is the
+    mean over the tasks, the three levels of object_rel_direction averaged first.
 
     Example: means 0.2, 0.4, 0.9 of the three levels and 0.7 of another task -> (0.5 + 0.7) / 2 = 0.6.
     """
@@ -261,11 +269,12 @@ def read_responses(folder: str) -> list[dict]:
 def score(options, s: appo.Settings) -> None:
     """Benchmark scores. Every response is written as it comes; a run that was stopped goes on where it was."""
     samples, overall = load_benchmark(s, options.benchmark)
-    output = Path(options.output)
+    (model, tokenizer), output = load_model(s.model), Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
     summary, responses = output / "summary.json", output / "responses.jsonl"
-    settings = {"benchmark": options.benchmark, "decoding": DECODING} | {name: getattr(s, name) for name in (
-        "model", "data", "fps", "max_frames", "min_pixels", "max_pixels", "max_new_tokens", "max_prompt_tokens", "seed")}
+    settings = {"benchmark": options.benchmark, "decoding": DECODING} | {
+        name: getattr(s, name) for name in ("model", "data", "fps", "max_frames", "min_pixels", "max_pixels",
+                                            "max_new_tokens", "max_prompt_tokens", "seed")}
     earlier = json.loads(summary.read_text())["settings"] if summary.exists() else settings
     if differing := [name for name in settings if earlier.get(name) != settings[name]]:
         raise RunError(f"{output}: holds responses with another {differing[0]}; give another --output")
@@ -274,7 +283,7 @@ def score(options, s: appo.Settings) -> None:
     records = read_responses(options.output)
     os.truncate(responses, responses.read_bytes().rfind(b"\n") + 1)
     done = {record["id"] for record in records}
-    todo, (model, tokenizer) = [sample for sample in samples if sample.id not in done], load_model(s.model)
+    todo = [sample for sample in samples if sample.id not in done]
     with open(responses, "a") as file, tqdm(total=len(samples), initial=len(done), desc="score") as bar:
         for prompts, skipped in read_prompts(todo, tokenizer, s, bar):
             started = time.perf_counter()
@@ -282,10 +291,9 @@ def score(options, s: appo.Settings) -> None:
             seconds = (time.perf_counter() - started) / max(len(texts), 1)
             fresh = [{"id": skip["id"], "skipped": skip["reason"]} for skip in skipped]
             for prompt, text in zip(prompts.values(), texts):
-                sample = prompt.sample
-                fresh.append({"id": sample.id, "group": sample.group, "question": sample.question, "answer": sample.answer,
-                              "prompt": data.prompt_text(sample, prompt), "response": text, "seconds": round(seconds, 4)}
-                             | score_response(text, sample))
+                known = {name: getattr(prompt.sample, name) for name in ("id", "group", "question", "answer")}
+                fresh.append(known | {"prompt": data.prompt_text(prompt.sample, prompt), "response": text,
+                                      "seconds": round(seconds, 4)} | score_response(text, prompt.sample))
             file.writelines(json.dumps(record) + "\n" for record in fresh)
             file.flush()
             records += fresh
@@ -296,17 +304,20 @@ def score(options, s: appo.Settings) -> None:
         raise RunError(f"{s.data}: no sample could be read, the first: {skipped[0]['skipped']}")
     table = summarise(scored, overall)
     summary.write_text(json.dumps({
-        "settings": settings, "overall": f"mean over {overall}", "results": table, "skipped": skipped, "prompt": scored[0]["prompt"],
-        "seconds": sum(record["seconds"] for record in scored), "torch": torch.__version__}, indent=1))
+        "settings": settings, "overall": f"mean over {overall}", "results": table, "skipped": skipped,
+        "prompt": scored[0]["prompt"], "seconds": sum(record["seconds"] for record in scored),
+        "torch": torch.__version__}, indent=1))
     names = [name for name in COLUMNS if name in table["all"]]
     print_table([["group", "n", *(COLUMNS[name] for name in names)],
                  *([group or "-", row["n"], *(row.get(name, "") for name in names)] for group, row in table.items())])
-    print(f"skipped {len(skipped)} of {len(records)}", *(escaped(f"{r['id']}: {r['skipped']}") for r in skipped[:10]), sep="\n  ")
-    print(f"first response: {escaped(scored[0]['response'][:400])}\nresponses: {responses}; settings and results: {summary}")
+    print(f"skipped {len(skipped)} of {len(records)}",
+          *(escaped(f"{record['id']}: {record['skipped']}") for record in skipped[:10]), sep="\n  ")
+    print(f"first response: {escaped(scored[0]['response'][:400])}")
+    print(f"responses: {responses}; settings and results: {summary}")
 
 
 def bootstrap_interval(differences: np.ndarray, seed: int = 0, draws: int = 10_000) -> tuple[float, float]:
-    """95% interval of the mean of paired differences [n]: the percentiles of `draws` means of n drawn with replacement."""
+    """95% interval of the mean of paired differences [n]: percentiles of `draws` means of n drawn with replacement."""
     rng, n = np.random.default_rng(seed), len(differences)
     means = [differences[rng.integers(n, size=n)].mean() for _ in range(draws)]
     return tuple(np.percentile(means, [2.5, 97.5]).tolist())
@@ -320,9 +331,10 @@ def compare(options, _) -> None:
         raise RunError(f"{options.first} and {options.second} have no question in common; score the same --data")
     a, b = (np.array([scores[key] for key in common]) for scores in (first, second))
     low, high = bootstrap_interval(b - a, options.seed)
-    print_table([["", "n", "accuracy"], [options.first, len(a), a.mean().item()], [options.second, len(b), b.mean().item()]])
-    print(f"difference {(b - a).mean():+.3f}, 95% interval {low:+.3f} to {high:+.3f} (paired bootstrap over {len(common)} common "
-          f"questions; {len(first) + len(second) - 2 * len(common)} are in one alone)")
+    print_table([["", "n", "accuracy"], *([folder, len(one), one.mean().item()] for folder, one in (
+        (options.first, a), (options.second, b)))])
+    print(f"difference {(b - a).mean():+.3f}, 95% interval {low:+.3f} to {high:+.3f} (paired bootstrap over "
+          f"{len(common)} common questions; {len(first) + len(second) - 2 * len(common)} are in one alone)")
 
 
 # ------------------------------------------------------------------------------------------------------- pictures
@@ -345,8 +357,8 @@ def thumbnails(prompt: data.Prompt) -> np.ndarray:
 
 def sample_groups(model, tokenizer, prompts: dict[int, data.Prompt], s: appo.Settings) -> list[appo.Group]:
     """Groups of G sampled responses with scores and crucial frames, by the training's own rollout."""
-    return appo.roll_out(appo.Run(settings=s, model=model, tokenizer=tokenizer, policy=None, reference=None, optimizer=None,
-                                  rank=0, world=1), prompts)
+    return appo.roll_out(appo.Run(settings=s, model=model, tokenizer=tokenizer, policy=None, reference=None,
+                                  optimizer=None, rank=0, world=1), prompts)
 
 
 def draw_attention(panels: list[tuple[str, appo.Group, int, list[str]]], output: str) -> None:
@@ -354,12 +366,16 @@ def draw_attention(panels: list[tuple[str, appo.Group, int, list[str]]], output:
     from matplotlib.figure import Figure
     steps, tokens = panels[0][1].prompt.num_steps, max(len(words) for *_, words in panels)
     width, height = max(4.5, 0.55 * steps), 0.17 * tokens + 0.4
-    figure = Figure(figsize=((width + 1.6) * len(panels), height + 2))
-    grid = figure.add_gridspec(2, len(panels), height_ratios=[min(0.9, width / steps), height], wspace=0.35, hspace=0.04)
+    frames = thumbnails(panels[0][1].prompt)  # [F, h, w, 3]
+    strip = width / steps * frames.shape[1] / frames.shape[2]  # inches: the frames keep their shape
+    figure = Figure(figsize=((width + 1.6) * len(panels), strip + height + 1))
+    grid = figure.add_gridspec(2, len(panels), height_ratios=[strip, height], wspace=0.35,
+                               hspace=0.08 / (strip + height))
     for column, (title, group, shown, words) in enumerate(panels):
         top, below = figure.add_subplot(grid[0, column]), figure.add_subplot(grid[1, column])
-        image = below.imshow(group.rollout.frame_attention[shown, :len(words)].float().cpu(), aspect="auto", cmap="Blues", vmin=0)
-        for step, frame in enumerate(thumbnails(group.prompt)):
+        read = group.rollout.frame_attention[shown, :len(words)].float().cpu().numpy()  # [R, F]
+        image = below.imshow(read, aspect="auto", cmap="Blues", vmin=0)
+        for step, frame in enumerate(frames):
             top.imshow(frame, extent=(step - 0.46, step + 0.46, 0, 1), aspect="auto")
             if group.crucial[step]:
                 top.axvspan(step - 0.47, step + 0.47, fill=False, edgecolor="tab:red", linewidth=2.5)
@@ -367,8 +383,8 @@ def draw_attention(panels: list[tuple[str, appo.Group, int, list[str]]], output:
         top.set(xlim=(-0.5, steps - 0.5), ylim=(-0.03, 1.03))
         top.axis("off")
         top.set_title(title, fontsize=8, parse_math=False)
-        shown_steps = range(0, steps, -(-steps // 16))
-        below.set_xticks(shown_steps, [f"{step * group.prompt.seconds_per_grid[0]:.3g}" for step in shown_steps], fontsize=7)
+        ticks, seconds = range(0, steps, -(-steps // 16)), group.prompt.seconds_per_grid[0]
+        below.set_xticks(ticks, [f"{step * seconds:.3g}" for step in ticks], fontsize=7)
         below.set_yticks(range(len(words)), words, fontsize=7, parse_math=False)
         below.set_xlabel(f"seconds; red: crucial frames of {len(group.texts)} responses", fontsize=8)
         figure.colorbar(image, ax=[top, below], fraction=0.03, pad=0.02).ax.tick_params(labelsize=6)
@@ -390,8 +406,9 @@ def attention(options, s: appo.Settings) -> None:
         shown = int((accuracy >= own.threshold).int().argmax())  # the first right response, else the first
         ids = group.rollout.response_ids[shown][group.rollout.response_mask[shown]]
         question = escaped(sample.question if len(sample.question) < 90 else sample.question[:87] + "...")
-        panels.append((f"{name}\n{question}\nanswer {sample.answer}; this response scores {accuracy[shown]:.2f}, its group "
-                       f"{accuracy.mean():.2f}", group, shown, [escaped(tokenizer.decode([i])) for i in ids.tolist()]))
+        title = (f"{name}\n{question}\nanswer {sample.answer}; this response scores {accuracy[shown]:.2f}, its group "
+                 f"{accuracy.mean():.2f}")
+        panels.append((title, group, shown, [escaped(tokenizer.decode([i])) for i in ids.tolist()]))
     draw_attention(panels, options.output)
 
 
@@ -416,7 +433,7 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def curves(options, _) -> None:
-    """Runs alike in algorithm, strategy and alpha are seeds of one: their mean, and a band of one standard deviation."""
+    """Runs alike in algorithm, strategy and alpha are seeds of one: their mean, and a band of a standard deviation."""
     from matplotlib.figure import Figure
     runs = defaultdict(list)
     for folder in map(Path, options.runs):
@@ -450,8 +467,8 @@ TAB_A = {"0 s": 20.1, "0 to 3 s": 23.5, "3 to 6 s": 17.0, "6 to 9 s": 12.6, "9 t
 def focus_difference(focused: Tensor, right: Tensor, seconds: float) -> tuple[str, float]:
     """(bin of Tab. A, seconds): how far apart right and wrong responses of a sample look.
 
-    A response's focus time is the mean time of its K2 steps; the difference is that of the means over the right and over
-    the wrong responses. "0 s" where psi(S1) = psi(S2). focused bool [G, F], right bool [G]; seconds per visual step.
+    A response's focus time is the mean time of its K2 steps; the difference is that of the means over the right and
+    over the wrong responses. "0 s" where psi(S1) = psi(S2). focused bool [G, F], right bool [G]; seconds of a step.
     Example: steps of 2 s, right {0, 1}, wrong {3, 4}: |1 - 7| = 6 s, bin "6 to 9 s".
     """
     if torch.equal(focused[right].any(0), focused[~right].any(0)):
@@ -477,18 +494,18 @@ def focus(options, s: appo.Settings) -> None:
                 focused = appo.focused_frames(rollout.frame_attention, rollout.response_mask, k1=s.k1, k2=s.k2)
                 bins[focus_difference(focused.cpu(), right.cpu(), group.prompt.seconds_per_grid[0])[0]] += 1
     if not (total := bins.total()):
-        raise RunError(f"no sample has right and wrong responses ({dict(left_out)}); take more, or a larger --group_size")
+        raise RunError(f"no sample has right and wrong responses ({dict(left_out)}); raise --group_size, or take more")
     shares = {name: 100 * bins[name] / total for name in TAB_A}
     print_table([["difference", "samples", "percent", "paper"],
                  *([name, bins[name], f"{shares[name]:.1f}", f"{TAB_A[name]:.1f}"] for name in TAB_A)])
     print(f"{total} samples; left out:", ", ".join(f"{number} {reason}" for reason, number in left_out.items()))
     if options.output:
-        Path(options.output).write_text(json.dumps({"model": s.model, "data": s.data, "samples": bins, "percent": shares,
-                                                    "left_out": left_out}, indent=1))
+        Path(options.output).write_text(json.dumps({"model": s.model, "data": s.data, "samples": bins,
+                                                    "percent": shares, "left_out": left_out}, indent=1))
 
 
-DESCRIBE = ("Describe this video in detail, in the order in which things happen: who and what is seen, what they do, colours, "
-            "numbers, places, positions and written words.")
+DESCRIBE = ("Describe this video in detail, in the order in which things happen: who and what is seen, what they do, "
+            "colours, numbers, places, positions and written words.")
 
 
 def load_text_model(name: str):
@@ -498,7 +515,7 @@ def load_text_model(name: str):
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     except (OSError, ValueError) as error:
-        raise RunError(f"{name}: no usable text model ({str(error).splitlines()[0]}); give a folder or hub name") from None
+        raise RunError(f"{name}: no usable text model ({str(error).splitlines()[0]}); give a model folder") from None
     if tokenizer.chat_template is None:
         raise RunError(f"{name}: its tokenizer has no chat template; take an instruction-tuned model")
     return model.to(device).eval(), tokenizer
@@ -509,12 +526,13 @@ def answer_from_text(model, tokenizer, sample: data.Sample, description: str, ma
     """A text model's answer to a question about a video of which it knows the description alone."""
     told = replace(sample, kind="choice" if sample.kind == "grounding" else sample.kind,
                    question=f"A video is described as follows.\n{description}\n\n{sample.question}")
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": data.prompt_text(told, None).replace("<|", "< |")}],
-                                         add_generation_prompt=True, tokenize=False)
+    words = data.prompt_text(told, None).replace("<|", "< |")  # control tokens stay words, as in data.build_prompt
+    turns = [{"role": "user", "content": words}]
+    chat = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     ids = tokenizer(chat, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
     ends = model.generation_config.eos_token_id or tokenizer.eos_token_id
-    decoding = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id,
-                                repetition_penalty=DECODING["repetition_penalty"])  # greedy is top-k 1
+    decoding = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends,  # greedy: top-k 1
+                                pad_token_id=tokenizer.pad_token_id, repetition_penalty=DECODING["repetition_penalty"])
     output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=decoding)
     return tokenizer.decode(output[0, ids.shape[1]:], skip_special_tokens=True)
 
@@ -538,8 +556,9 @@ def decouple(options, s: appo.Settings) -> None:
                 for n, description in tqdm(descriptions.items(), desc="answer"):
                     response = answer_from_text(model, tokenizer, samples[n], description, own.max_new_tokens)
                     right.append(data.accuracy_reward(response, samples[n]))
-                    file.write(json.dumps({"id": samples[n].id, "perception": perception, "reasoning": reasoning,
-                                           "description": description, "response": response, "accuracy": right[-1]}) + "\n")
+                    file.write(json.dumps({
+                        "id": samples[n].id, "perception": perception, "reasoning": reasoning,
+                        "description": description, "response": response, "accuracy": right[-1]}) + "\n")
                 table[-1].append(float(np.mean(right)) if right else "-")
     print_table(table)
 
@@ -551,16 +570,17 @@ USUAL = "usual way"
 
 
 def random_model(folder: str | None):
-    """(model, tokenizer) with random weights: of a configuration folder, or of 12 layers and 512 wide (56M parameters)."""
+    """(model, tokenizer) with random weights: of a configuration folder, or of 12 layers and 512 wide."""
     device, dtype = place()
     if folder is None:
         small, tokenizer = model_utils.tiny_model([f"w{i}" for i in range(32_760)])
         config = small.config.to_dict()
-        config["text_config"] |= dict(hidden_size=512, num_hidden_layers=12, num_attention_heads=8, intermediate_size=1408,
-                                      layer_types=None, max_window_layers=12, initializer_range=0.02, rope_parameters=dict(
-                                          rope_type="default", rope_theta=1e6, mrope_section=[8, 12, 12]))
-        config["vision_config"] |= dict(depth=8, hidden_size=256, num_heads=4, intermediate_size=704, out_hidden_size=512,
-                                        fullatt_block_indexes=[3, 7])
+        config["text_config"] |= dict(
+            hidden_size=512, num_hidden_layers=12, num_attention_heads=8, intermediate_size=1408, layer_types=None,
+            max_window_layers=12, initializer_range=0.02,
+            rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[8, 12, 12]))
+        config["vision_config"] |= dict(depth=8, hidden_size=256, num_heads=4, intermediate_size=704,
+                                        out_hidden_size=512, fullatt_block_indexes=[3, 7])
         config = Qwen2_5_VLConfig(**config)
     else:
         try:
@@ -568,20 +588,25 @@ def random_model(folder: str | None):
             if config.model_type != "qwen2_5_vl":
                 raise ValueError(f"it is of type {config.model_type}, not qwen2_5_vl")
         except (OSError, ValueError) as error:
-            raise RunError(f"{folder}: no usable configuration ({str(error).splitlines()[0]}); give a model folder") from None
+            reason = str(error).splitlines()[0]
+            raise RunError(f"{folder}: no usable configuration ({reason}); give a model folder") from None
     torch.manual_seed(0)
     with device:
-        model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="grouped_decoding")
+        model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype,
+                                                                attn_implementation="grouped_decoding")
     model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id)
     return model.eval().requires_grad_(False), tokenizer
 
 
 def noise_prompts(tokenizer, count: int, frames: int) -> dict[int, data.Prompt]:
     """Prompts about noise: 64 visual tokens a step of two frames, as 50,176 pixels a frame give."""
-    sample, grid = data.Sample("", "what happens ?", ["one", "two", "three", "four"], "A", "choice"), (-(-frames // 2), 16, 16)
-    noise = [torch.randn(grid[0] * 256, 1176, generator=torch.Generator().manual_seed(n)) for n in range(count)]
-    return {n: data.build_prompt(sample, data.Visual(patches, None, [grid], [], [2.0], float(frames), frames), tokenizer)
-            for n, patches in enumerate(noise)}
+    sample, steps = data.Sample("", "what happens ?", ["one", "two", "three", "four"], "A", "choice"), -(-frames // 2)
+    prompts = {}
+    for n in range(count):
+        patches = torch.randn(steps * 256, 1176, generator=torch.Generator().manual_seed(n))
+        visual = data.Visual(patches, None, [(steps, 16, 16)], [], [2.0], float(frames), frames)
+        prompts[n] = data.build_prompt(sample, visual, tokenizer)
+    return prompts
 
 
 def clock(device: torch.device) -> float:
@@ -623,7 +648,7 @@ def training_work(run: appo.Run, prompts: dict[int, data.Prompt]) -> tuple[dict[
     run.last = clock(device)
     with inner_phases(run.model) as inner:
         groups = {group.position: group for group in appo.roll_out(run, prompts)}
-    for group in groups.values():  # noise is never answered: let half of each group be right, so that there is work to do
+    for group in groups.values():  # nobody answers noise: let half of each group be right, so that there is work
         half, rollout = torch.arange(s.group_size, device=device) % 2 * 1.0, group.rollout
         group.advantages = appo.group_advantages(half)
         group.crucial = appo.crucial_frames(rollout.frame_attention, rollout.response_mask, half, k1=s.k1, k2=s.k2)
@@ -634,18 +659,20 @@ def training_work(run: appo.Run, prompts: dict[int, data.Prompt]) -> tuple[dict[
             "score": seconds["score"], "weights": seconds["weights"], "update": seconds["update"]}, groups
 
 
-def usual_work(plain, optimizer, groups: dict[int, appo.Group], s: appo.Settings) -> tuple[dict[str, float], float, float]:
-    """The same step in the usual way, on the same prompts and responses: prompt and video repeated G times, `generate` with
-    eager attention and all attention weights kept, G full sequences in the update. Kinder to it than the released code: SDPA
-    in vision tower and update, logits of the responses alone. It is given our positions: transformers' own restart too
-    early after a video. Returns (seconds of each phase, largest difference of log-probabilities, of frame attention).
+def usual_work(plain, optimizer, groups: dict[int, appo.Group], s: appo.Settings) -> tuple[dict, float, float]:
+    """The same step in the usual way, on the same prompts and responses: prompt and video repeated G times, `generate`
+    with eager attention and all attention weights kept, G full sequences in the update. Kinder to it than the released
+    code: SDPA in vision tower and update, logits of the responses alone. It is given our positions: transformers' own
+    restart too early after a video.
+    Returns (seconds of each phase, largest difference of log-probabilities, of frame attention).
     """
-    seconds, log_prob_gap, attention_gap, device = Counter(), 0.0, 0.0, plain.device
+    device, seconds, log_prob_gap, attention_gap = plain.device, Counter(), 0.0, 0.0
+    last = clock(device)
 
-    def lap(phase: str, last: list = [0.0]) -> None:
-        now = clock(device)
-        seconds[phase] += now - last[0]
-        last[0] = now
+    def lap(phase: str) -> None:
+        nonlocal last
+        last, before = clock(device), last
+        seconds[phase] += last - before
 
     for prompt, rollout, group in ((group.prompt, group.rollout, group) for group in groups.values()):
         encoded, (group_size, length) = rollout.prompt, rollout.response_ids.shape
@@ -655,7 +682,8 @@ def usual_work(plain, optimizer, groups: dict[int, appo.Group], s: appo.Settings
                      video_grid_thw=torch.tensor(prompt.video_grids, device=device).repeat(group_size, 1))
 
         def same_response(input_ids: Tensor, scores: Tensor) -> Tensor:
-            return torch.full_like(scores, -torch.inf).scatter(1, rollout.response_ids[:, input_ids.shape[1] - start, None], 0.0)
+            chosen = rollout.response_ids[:, input_ids.shape[1] - start, None]
+            return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
 
         plain.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
         lap("setup")
@@ -668,9 +696,10 @@ def usual_work(plain, optimizer, groups: dict[int, appo.Group], s: appo.Settings
         seconds["decode"] -= inner.total()
         frame_attention = rollout.frame_attention
         if s.alpha:  # of each step: the last layers, the last query, mean over heads, pooled over the prompt's steps
-            read = [torch.stack([layer[:, :, -1, :start].float().mean(1) for layer in step[-s.attention_layers:]]).mean(0)
+            read = [[layer[:, :, -1, :start].float().mean(1) for layer in step[-s.attention_layers:]]
                     for step in output.attentions]
-            frame_attention = torch.stack(read, 1) @ encoded.frame_pooling()  # [G, R, F]
+            read = torch.stack([torch.stack(step).mean(0) for step in read], 1)  # [G, R, P]
+            frame_attention = read @ encoded.frame_pooling()  # [G, R, F]
             attention_gap = max(attention_gap, (frame_attention - rollout.frame_attention).abs().max().item())
             del read
         del output
@@ -684,11 +713,12 @@ def usual_work(plain, optimizer, groups: dict[int, appo.Group], s: appo.Settings
         log_probs = logits.log_softmax(-1).gather(-1, rollout.response_ids[..., None])[..., 0]
         log_prob_gap = max(log_prob_gap, (log_probs - group.old_log_probs).abs().max().item())
         lap("update")
-        weights = appo.perception_token_weights(frame_attention, logits.detach(), rollout.response_mask, group.crucial, k3=s.k3,
-                                                alpha=s.alpha) if s.alpha else None
+        weights = appo.perception_token_weights(frame_attention, logits.detach(), rollout.response_mask, group.crucial,
+                                                k3=s.k3, alpha=s.alpha) if s.alpha else None
         lap("weights")
-        loss, _ = appo.clipped_surrogate_loss(log_probs, log_probs.detach(), group.advantages, rollout.response_mask,
-                                              token_weights=weights, clip_low=s.clip_low, clip_high=s.clip_high, average=s.average)
+        loss, _ = appo.clipped_surrogate_loss(
+            log_probs, log_probs.detach(), group.advantages, rollout.response_mask, token_weights=weights,
+            clip_low=s.clip_low, clip_high=s.clip_high, average=s.average)
         (loss / len(groups)).backward()
         lap("update")
     torch.nn.utils.clip_grad_norm_([p for p in plain.parameters() if p.requires_grad], s.max_grad_norm)
@@ -707,9 +737,10 @@ def fastest_decoding(model, groups: dict[int, appo.Group]) -> float:
         copies.append(clock(model.device) - started)
     config, rollouts = model.config.text_config, [group.rollout for group in groups.values()]
     weights = sum(p.numel() for p in model.model.language_model.layers.parameters()) + model.lm_head.weight.numel()
-    tokens = sum(len(r.prompt.input_ids) + r.response_ids.numel() / 2 for r in rollouts)  # responses: half full on average
-    cache = tokens * config.num_hidden_layers * 2 * config.hidden_size * config.num_key_value_heads / config.num_attention_heads
-    return rollouts[0].response_ids.shape[1] * (weights + cache) * model.dtype.itemsize * min(copies[1:]) / (2 * block.numel())
+    tokens = sum(len(r.prompt.input_ids) + r.response_ids.numel() / 2 for r in rollouts)  # half full on average
+    width = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
+    step = (weights + 2 * config.num_hidden_layers * width * tokens) * model.dtype.itemsize  # bytes
+    return rollouts[0].response_ids.shape[1] * step * min(copies[1:]) / (2 * block.numel())
 
 
 def peak_memory(device: torch.device) -> float:
@@ -719,9 +750,9 @@ def peak_memory(device: torch.device) -> float:
 
 
 def throughput(options, _) -> None:
-    """Tab. F: the work of training steps with responses of fixed length. Every round runs each algorithm once, and ratios
-    are medians of the rounds' ratios, so that what else the machine does touches all alike. A round goes before, to warm up;
-    in it the usual way has the same weights, so its numbers must agree with ours."""
+    """Tab. F: the work of training steps with responses of fixed length. Every round runs each algorithm once, and
+    ratios are medians of the rounds' ratios, so that what else the machine does touches all alike. A round goes before,
+    to warm up; in it the usual way has the same weights, so its numbers must agree with ours."""
     algorithms, (device, dtype) = options.algorithms.split(","), place()
     if wrong := set(algorithms) - {"appo", "dapo", "grpo"}:
         raise RunError(f"--algorithms {wrong.pop()}: choose among appo, dapo and grpo")
@@ -729,26 +760,29 @@ def throughput(options, _) -> None:
         model, tokenizer = random_model(options.model)
     else:
         model, tokenizer = load_model(options.model)
-    model.generation_config.eos_token_id = model.config.vision_start_token_id  # is never sampled: all responses are full
+    model.generation_config.eos_token_id = model.config.vision_start_token_id  # never sampled: no response ends
     policy = model_utils.Policy(model)
     reference = model_utils.Policy(model).to(dtype).requires_grad_(False) if "grpo" in algorithms else None
     if options.against_plain:  # a twin
-        plain = Qwen2_5_VLForConditionalGeneration._from_config(copy.deepcopy(model.config), dtype=dtype, attn_implementation="sdpa")
+        plain = Qwen2_5_VLForConditionalGeneration._from_config(copy.deepcopy(model.config), dtype=dtype)
         plain.load_state_dict(model.state_dict())
         plain.to(device).eval().generation_config = copy.deepcopy(model.generation_config)
         plain.model.visual.requires_grad_(False)
-        plain_optimizer = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=1e-6, weight_decay=0.0)
-    for trained in [policy.language_model] + [plain.model.language_model] * options.against_plain:
-        if options.gradient_checkpointing:
+        plain_parameters = [p for p in plain.parameters() if p.requires_grad]
+        plain_optimizer = torch.optim.AdamW(plain_parameters, lr=1e-6, weight_decay=0.0)
+    if options.gradient_checkpointing:
+        for trained in (policy.language_model, *([plain.model.language_model] if options.against_plain else [])):
             trained.train().gradient_checkpointing_enable({"use_reentrant": False})
     policy = model_utils.shard(policy, device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0)
     runs = {}
     for name in algorithms:
-        s = appo.Settings(algorithm=name, **appo.PRESETS[name], prompts_per_step=options.prompts, group_size=options.group,
-                          rollout_groups=options.rollout_groups, max_new_tokens=options.new_tokens, seed=options.seed)
-        runs[name] = appo.Run(settings=s, model=model, tokenizer=tokenizer, policy=policy, optimizer=optimizer, rank=0, world=1,
-                              reference=reference if s.kl_coef else None)
+        s = appo.Settings(
+            algorithm=name, **appo.PRESETS[name], prompts_per_step=options.prompts, group_size=options.group,
+            rollout_groups=options.rollout_groups, max_new_tokens=options.new_tokens, seed=options.seed,
+            attention_layers=min(3, model.config.text_config.num_hidden_layers))
+        runs[name] = appo.Run(settings=s, model=model, tokenizer=tokenizer, policy=policy, optimizer=optimizer,
+                              reference=reference if s.kl_coef else None, rank=0, world=1)
     first, prompts = runs[algorithms[0]], noise_prompts(tokenizer, options.prompts, options.frames)
     rounds, memory, gaps, groups = [], {}, None, {}
     for number in range(1 + options.repetitions):
@@ -772,10 +806,13 @@ def throughput(options, _) -> None:
 
     def ratio(above: str, below: str, phase: str = "step") -> float | None:
         """Median of the rounds' ratios of seconds; None where a phase does not occur."""
-        return float(np.median([one[above][phase] / one[below][phase] for one in rounds])) if rounds[0][below][phase] else None
+        pairs = [(one[above][phase], one[below][phase]) for one in rounds]
+        return float(np.median([a / b for a, b in pairs])) if all(a and b for a, b in pairs) else None
 
-    per_step = {"samples_per_second": options.prompts, "tokens_per_second": options.prompts * options.group * options.new_tokens}
-    result = {"device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+    responses = options.prompts * options.group
+    per_step = {"samples_per_second": options.prompts, "tokens_per_second": responses * options.new_tokens}
+    gpu = device.type == "cuda"
+    result = {"device": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads",
               "torch": torch.__version__, "options": {k: v for k, v in vars(options).items() if not callable(v)},
               "prompt_tokens": len(prompts[0].input_ids), "algorithms": {}}
     for name in rounds[0]:
@@ -784,7 +821,8 @@ def throughput(options, _) -> None:
         result["algorithms"][name] = {"seconds": spread, "peak_memory_gb": memory[name]} | {
             rate: amount / spread["step"]["median"] for rate, amount in per_step.items()}
     columns = result["algorithms"].values()
-    print(f"{result['device']}, torch {torch.__version__}, {result['prompt_tokens']} prompt tokens; seconds: median (low to high)")
+    print(f"{result['device']}, torch {torch.__version__}, {result['prompt_tokens']} prompt tokens; "
+          "seconds: median (low to high)")
     print_table([["", *result["algorithms"]]] + [
         [phase] + ["{median:.3f} ({low:.3f} to {high:.3f})".format(**column["seconds"][phase]) for column in columns]
         for phase in rows] + [[rate] + [column[rate] for column in columns] for rate in (*per_step, "peak_memory_gb")])
@@ -802,17 +840,19 @@ def throughput(options, _) -> None:
             f"{phase} {value:.2f}" for phase, value in result["plain_over_ours"].items() if value is not None))
         print(f"largest difference: log-probabilities {gaps[0]:.1e}, frame attention {gaps[1]:.1e}")
     if options.sweep:
-        sizes = [(group, options.frames) for group in (2, 4, 8, 16)] + [(options.group, frames) for frames in (8, 16, 32, 64)]
+        sizes = [(group, options.frames) for group in (2, 4, 8, 16)]
+        sizes += [(options.group, frames) for frames in (8, 16, 32, 64)]
         settings, result["growth"] = first.settings, []
         for group, frames in sizes:
-            first.settings, prompts = replace(settings, group_size=group), noise_prompts(tokenizer, options.prompts, frames)
+            first.settings = replace(settings, group_size=group)
+            prompts = noise_prompts(tokenizer, options.prompts, frames)
             work = [training_work(first, prompts)[0] for _ in range(1 + options.repetitions)][1:]
             seconds = {phase: float(np.median([one[phase] for one in work])) for phase in PHASES}
             result["growth"].append({"group": group, "frames": frames, "step": sum(seconds.values())} | seconds)
         print_table([list(result["growth"][0]), *(list(row.values()) for row in result["growth"])])
     if options.output:
         Path(options.output).write_text(json.dumps(result, indent=1))
-    if gaps and not max(gaps) < (1e-3 if dtype == torch.float32 else 1.0):  # bf16 rounds: its difference is to be judged
+    if gaps and not max(gaps) < (1e-3 if dtype == torch.float32 else 1.0):  # bf16 rounds
         raise RunError("the usual way does not compute the same numbers; the ratios mean nothing")
 
 
@@ -854,7 +894,7 @@ def command_line() -> argparse.ArgumentParser:
             keywords["help"] += f" (default: {keywords['default']})" if keywords.get("default") else ""
             command.add_argument(name if keywords.pop("positional", False) else f"--{name}", **keywords)
 
-    add(score, True, benchmark=dict(choices=list(BENCHMARKS), help="whose records these are; default: told by their fields"),
+    add(score, True, benchmark=dict(choices=list(BENCHMARKS), help="whose records; default: told by their fields"),
         output=dict(default="scores", help="folder for responses.jsonl and summary.json; a stopped run goes on there"))
     add(compare, False, first=dict(positional=True, help="folder A"), second=dict(positional=True, help="folder B"),
         seed=dict(type=int, default=0, help="of the bootstrap"))

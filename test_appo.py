@@ -10,6 +10,7 @@ import math
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
@@ -24,10 +25,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM
 
 import appo
 import data
+import evaluate
 import model_utils
 from appo import (clipped_surrogate_loss, crucial_frames, group_advantages, perception_loss, perception_token_weights)
 from data import DataError, Sample, VideoError
@@ -2012,3 +2014,416 @@ def test_memory_is_split_over_the_processes(tmp_path):
     done = subprocess.run(**more)
     shares = dict(line.split() for line in done.stdout.splitlines() if line[:2] in ("0 ", "1 "))
     assert set(shares) == {"0", "1"} and all(0.9 < float(share) < 1.1 for share in shares.values()), done.stdout
+
+
+# ============================================================================ evaluate.py
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    """A built-in folder: 6 videos of 2 questions, a random tiny model, and a random text model with its tokenizer."""
+    folder = tmp_path_factory.mktemp("bench")
+    data.make_toy_data(folder, (4, 2), questions=2)
+    model, tokenizer = model_utils.tiny_model(data.toy_vocabulary(), seed=3)
+    model_utils.save_checkpoint(folder / "model", model, tokenizer, None)
+    torch.manual_seed(0)
+    text = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                                        num_key_value_heads=1, intermediate_size=32, eos_token_id=tokenizer.eos_token_id))
+    text.save_pretrained(folder / "text")
+    tokenizer.save_pretrained(folder / "text")
+    return folder
+
+
+def measure(capsys, *arguments):
+    """What a command prints; it must end well."""
+    evaluate.main([str(a) for a in arguments])
+    return capsys.readouterr().out
+
+
+def refused(capsys, *arguments):
+    """The one line of a refused command."""
+    with pytest.raises(SystemExit) as caught:
+        evaluate.main([str(a) for a in arguments])
+    error = capsys.readouterr().err
+    last = error.splitlines()[-1]  # before it, at most a progress bar and the list of missing files
+    assert caught.value.code == 2 and last.startswith("evaluate.py") and "Traceback" not in error
+    return last
+
+
+# ---- decoding
+
+@pytest.mark.parametrize("penalty", [1.05, 1.5])
+def test_evaluation_decoding_equals_generate(tiny, penalty):
+    """Token by token transformers' generate with the supplement's settings and our positions, at different lengths together."""
+    model, plain, _ = tiny
+    config, length, without_penalty = model.config, 20, 0
+    visual = [config.video_token_id, config.image_token_id, config.vision_start_token_id, config.vision_end_token_id]
+    prompts = prompts_of(config)
+    encoded = [model_utils.encode_prompt(model, prompt) for prompt in prompts]
+    zeros = torch.zeros(len(prompts), 1, length, dtype=torch.float64)
+    ours, free = (model_utils.rollout(model, encoded, zeros, attention_layers=0, choose=evaluate.evaluation_decoding(
+        encoded, config.text_config.vocab_size, p)) for p in (penalty, 1.0))
+    for prompt, one, group, unpenalised in zip(prompts, encoded, ours, free):
+        split, pixels = sum(t * h * w for t, h, w in prompt.video_grids), {}
+        if prompt.video_grids:
+            pixels |= dict(pixel_values_videos=prompt.patches[:split], video_grid_thw=torch.tensor(prompt.video_grids))
+        if prompt.image_grids:
+            pixels |= dict(pixel_values=prompt.patches[split:], image_grid_thw=torch.tensor(prompt.image_grids))
+        ids = prompt.input_ids[None]
+        plain.generation_config = copy.deepcopy(model.generation_config)
+        theirs = plain.generate(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=one.positions[:, None], **pixels,
+                                max_new_tokens=length, do_sample=True, temperature=0.1, top_p=0.001, top_k=1,
+                                repetition_penalty=penalty, suppress_tokens=visual)[0, ids.shape[1]:]
+        assert group.response_ids[0][group.response_mask[0]].tolist() == theirs.tolist()
+        without_penalty += unpenalised.response_ids.tolist() == group.response_ids.tolist()
+    assert without_penalty < len(prompts)  # the penalty did something
+
+
+def test_penalty_by_hand():
+    """Ids of the prompt and of the response count; 2 / 2 < 1.5 and -1 * 2 < -1.5; one row's ids are not the other's."""
+    prompts = [dataclasses.make_dataclass("P", ["input_ids"])(torch.tensor([0, 3]))] * 2
+    choose = evaluate.evaluation_decoding(prompts, 4, penalty=2.0)
+    logits = torch.tensor([[2.0, 1.5, 0.0, 0.0], [-1.0, -1.5, -9.0, -torch.inf]])
+    assert choose(logits, torch.empty(2, 0, dtype=torch.long)).tolist() == [1, 1]
+    assert choose(logits, torch.tensor([[1], [2]])).tolist() == [0, 1]
+
+
+# ---- metrics by hand
+
+def test_grounding_scores_by_hand():
+    sample = data.Sample("x", "q", ["a", "b"], "B", "grounding", spans=[(4.0, 10.0)], duration=20.0)
+    form = "<think> t </think> <answer> {} </answer> <time> {} </time>"
+    def check(letter, time, **expected):
+        assert evaluate.score_response(form.format(letter, time), sample) == pytest.approx(expected | {"format": 1.0})
+    check("B", "2 to 6", accuracy=1, iou=2 / 8, iop=2 / 4, acc_gqa=1)
+    check("B", "0 to 6", accuracy=1, iou=2 / 10, iop=2 / 6, acc_gqa=0)
+    check("A", "4 to 10", accuracy=0, iou=1, iop=1, acc_gqa=0)
+    check("B", "never", accuracy=1, iou=0, iop=0, acc_gqa=0)
+
+
+def test_tables_by_hand():
+    """Means by group; the three mIoU, mIoP, Acc@GQA of two questions; a table without a metric has no such column."""
+    records = [dict(group="TC", accuracy=1.0, format=1.0, iou=0.25, iop=0.5, acc_gqa=1.0),
+               dict(group="TC", accuracy=0.0, format=1.0, iou=1.0, iop=1.0, acc_gqa=0.0),
+               dict(group="CW", accuracy=1.0, format=0.0, iou=0.1, iop=0.3, acc_gqa=0.0)]
+    table = evaluate.summarise(records)
+    assert list(table) == ["CW", "TC", "all"]
+    assert table["TC"] == pytest.approx(dict(n=2, accuracy=0.5, format=1, iou=0.625, iop=0.75, acc_gqa=0.5))
+    assert table["all"] == pytest.approx(dict(n=3, accuracy=2 / 3, format=2 / 3, iou=1.35 / 3, iop=0.6, acc_gqa=1 / 3))
+    assert set(evaluate.summarise([dict(group="", accuracy=1.0)])["all"]) == {"n", "accuracy"}
+
+
+def test_vsi_bench_overall_by_hand():
+    """Directions 0.2, 0.4, 0.9 make one task of 0.5, whatever their numbers of questions; with 0.7 the mean is 0.6."""
+    def questions(group, right, wrong):
+        return [dict(group=group, accuracy=1.0)] * right + [dict(group=group, accuracy=0.0)] * wrong
+    records = (questions("object_rel_direction_easy", 1, 4) + questions("object_rel_direction_medium", 4, 6)
+               + questions("object_rel_direction_hard", 9, 1) + questions("route_planning", 7, 3))
+    assert evaluate.summarise(records, "tasks")["all"]["accuracy"] == pytest.approx(0.6)
+    assert evaluate.summarise(records)["all"]["accuracy"] == pytest.approx(21 / 35)
+    number = data.Sample("x", "how many ?", [], "20", "number")  # 19 is 5% off: right at all ten; 11 is 45% off: at 0.50, 0.55
+    assert [evaluate.score_response(f"<answer>{n}</answer>", number)["accuracy"] for n in ("19", "11", "?")] == [1.0, 0.2, 0.0]
+
+
+def test_bootstrap_interval():
+    assert evaluate.bootstrap_interval(np.full(7, 0.25)) == (0.25, 0.25)
+    rng = np.random.default_rng(0)
+    differences = rng.choice([-1.0, 0.0, 1.0], size=400, p=[0.1, 0.6, 0.3])
+    half = 1.96 * differences.std() / 20  # the normal approximation
+    assert evaluate.bootstrap_interval(differences) == pytest.approx((differences.mean() - half, differences.mean() + half), abs=0.01)
+    assert evaluate.bootstrap_interval(differences) == evaluate.bootstrap_interval(differences)
+
+
+def test_focus_difference_by_hand():
+    def check(rows, right, seconds, expected):
+        name, value = evaluate.focus_difference(torch.tensor(rows).bool(), torch.tensor(right), seconds)
+        assert (name, pytest.approx(value)) == expected
+    check([[1, 1, 0, 0, 0], [0, 0, 0, 1, 1]], [True, False], 2.0, ("6 to 9 s", 6.0))
+    check([[1, 1, 0, 0, 0], [0, 0, 0, 1, 1]], [True, False], 0.5, ("0 to 3 s", 1.5))
+    check([[1, 0, 0, 0, 1], [1, 0, 0, 0, 1]], [True, False], 2.0, ("0 s", 0.0))
+    check([[1, 0, 0, 0, 1], [0, 1, 0, 1, 0]], [True, False], 2.0, ("0 to 3 s", 0.0))  # other frames, the same mean
+    check([[1, 0, 0], [0, 0, 1], [0, 1, 0], [0, 0, 1]], [True, True, False, False], 10.0, ("3 to 6 s", 5.0))  # 10 and 15 s
+    check([[1, 0, 0], [0, 0, 1]], [True, False], 10.0, ("over 15 s", 20.0))
+    assert sum(evaluate.TAB_A.values()) == pytest.approx(100.0)
+
+
+def test_terminal_text_is_escaped():
+    assert evaluate.escaped("a\x1b[31m\n\u202eb\x9b\ud800 \u00e9") == "a\\x1b[31m\\n\\u202eb\\x9b\\ud800 \u00e9"
+
+
+# ---- the benchmarks' own records
+
+def loaded(folder, name, content, benchmark=None, **more):
+    path = folder / name
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    s = appo.Settings(data=str(path), video_root=str(folder), skip_missing=True, **more)
+    return evaluate.load_benchmark(s, benchmark)
+
+
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def test_perception_test_records(tmp_path):
+    touch(tmp_path, "videos/video_7.mp4")
+    question = dict(id=0, question="What is held?", options=["a book", "a pan", "a key"], answer_id=1, area="Memory", tag=["x"])
+    official = {"video_7": {"metadata": {"split": "valid"}, "mc_question": [question]}}
+    flat = [dict(video_name="video_7", question_id="3") | question | {"answer_id": "1"}]
+    for name, content in (("mc.json", official), ("mc.jsonl", json.dumps(flat[0]))):
+        (sample,), overall = loaded(tmp_path, name, content)
+        assert (sample.question, sample.options, sample.answer, sample.group, sample.kind, overall) == (
+            "What is held?", ["a book", "a pan", "a key"], "B", "Memory", "choice", "questions")
+        assert sample.video.endswith("videos/video_7.mp4") and sample.id == f"{name}:0"
+
+
+def test_next_qa_records(tmp_path):
+    touch(tmp_path, "1150/4010069381.mp4")
+    csv = ("video,frame_count,width,height,question,answer,qid,type,a0,a1,a2,a3,a4\n"
+           '4010069381,369,640,480,"how do they dance, then",3,6,CH,one,two,"three, or so",four,five\n')
+    (sample,), _ = loaded(tmp_path, "val.csv", csv)
+    assert (sample.question, sample.options[2], sample.answer, sample.group) == ("how do they dance, then", "three, or so", "D", "CH")
+    assert sample.video.endswith("1150/4010069381.mp4")
+
+
+def test_mvbench_records(tmp_path):
+    """20 tasks; bounds; frame folders; the folder of the task decides between two videos of one name; the words, not a
+    letter, are the answer."""
+    tasks = " ".join(evaluate.MVBENCH_FOLDERS.values()).split()
+    assert len(tasks) == len(set(tasks)) == 20
+    touch(tmp_path, "video/clevrer/video_validation/v.mp4", "video/perception/videos/v.mp4", "video/tvqa/frames_fps3_hq/s01/00001.jpg")
+    record = dict(video="v.mp4", question="How many?", candidates=["3", "4", "A"], answer="4")
+    (count,), _ = loaded(tmp_path, "action_count.json", [record])
+    (moving,), _ = loaded(tmp_path, "moving_count.json", [record | {"answer": "A"}])
+    (episode,), _ = loaded(tmp_path, "episodic_reasoning.json", [record | dict(video="s01", start=1.5, end=8, fps=3)])
+    assert "perception" in count.video and "clevrer" in moving.video and (count.answer, moving.answer) == ("B", "C")
+    assert count.group == "action_count" and count.bounds is None
+    assert episode.bounds == (1.5, 8.0) and episode.video.endswith("frames_fps3_hq/s01")
+    assert count.question.startswith("Carefully watch the video") and count.question.endswith("Question: How many?")
+
+
+def test_vsi_bench_records(tmp_path):
+    touch(tmp_path, "scannet/scene1.mp4")
+    shared = dict(dataset="scannet", scene_name="scene1", question="How {many}?")
+    records = [shared | dict(id=0, question_type="object_counting", ground_truth="4", options=None),
+               shared | dict(id=1, question_type="object_rel_direction_hard", ground_truth="B", options=["A. left", "B. right"])]
+    (number, choice), overall = loaded(tmp_path, "test.jsonl", "\n".join(map(json.dumps, records)))
+    assert (number.kind, number.answer, number.options, number.group) == ("number", "4", [], "object_counting")
+    assert (choice.kind, choice.answer, choice.options, overall) == ("choice", "B", ["left", "right"], "tasks")
+    assert number.question == "These are frames of a video.\nHow {many}?"
+
+
+def test_seed_bench_r1_levels_and_joined_files(tmp_path):
+    touch(tmp_path, "images/Ego4D/o.jpg", "scannet/scene1.mp4")
+    record = dict(question="q", choice_a="w", choice_b="x", choice_c="y", choice_d="z", golden_choice_idx="C", video_source="Ego4D",
+                  task_progress_metadata=[], video_basename="", current_observation_basename="o.jpg")
+    for level in ("L1", "L3"):
+        (sample,), overall = loaded(tmp_path, f"validation_{level}.jsonl", json.dumps(record))
+        assert (sample.group, sample.answer, overall) == (level, "C", "questions")
+    (sample,), _ = loaded(tmp_path, "test_L2.json", [record], "video_r1")  # a wrong name changes nothing but the grouping
+    assert sample.group == "Ego4D"
+    both = appo.Settings(data=f"{tmp_path}/validation_L1.jsonl,{tmp_path}/validation_L3.jsonl", video_root=str(tmp_path))
+    assert [sample.id for sample in evaluate.load_benchmark(both)[0]] == ["validation_L1.jsonl:0", "validation_L3.jsonl:0"]
+
+
+@pytest.mark.parametrize("name, record, word", [
+    ("a.json", dict(scene_name="s", dataset="d", question="q", question_type="t", ground_truth="many", options=None), "ground_truth"),
+    ("a.json", dict(scene_name="s", question="q", question_type="t", ground_truth="1", options=None), "dataset"),
+    ("a.json", dict(scene_name="s", dataset="d/..", question="q", question_type="t", ground_truth="1", options=None), "video folder"),
+    ("a.json", dict(candidates=["x", "y"], video="v", question="q", answer="z"), "answer"),
+    ("a.json", dict(candidates=["x", "y"], video="v", question="q"), "answer"),
+    ("a.json", dict(candidates=["x", "y"], video="v", question="q", answer="x", start="1", end=2), "start"),
+    ("a.json", dict(answer_id=3, options=["x", "y", "z"], video_name="v", question="q"), "answer_id"),
+    ("a.json", dict(a0="x", a1="y", a2="z", a3="w", answer=1, video="v", question="q"), "a4"),
+    ("a.json", dict(other=1), "no known format"), ("a.csv", dict(other=1), "no known format")])
+def test_bad_records_are_named_in_one_line(tmp_path, name, record, word):
+    with pytest.raises(data.DataError) as caught:
+        loaded(tmp_path, name, [record])
+    assert word in str(caught.value) and "a." in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ---- commands
+
+def test_score_goes_on_where_it_stopped(bench, tmp_path, capsys):
+    (tmp_path / "broken.avi").write_bytes(b"no video")
+    records = json.loads((bench / "train.json").read_text())
+    for record in records:
+        record["path"] = str(bench / record["path"])
+    records[3]["path"] = str(tmp_path / "broken.avi")
+    (tmp_path / "some.json").write_text(json.dumps(records))
+    common = ["score", "--model", bench / "model", "--data", tmp_path / "some.json", "--rollout_groups", 2, "--readers", 1]
+    text = measure(capsys, *common, "--output", tmp_path / "a")
+    whole = (tmp_path / "a" / "responses.jsonl").read_bytes()
+    one = [json.loads(line) for line in whole.splitlines()]
+    assert sorted(r["id"] for r in one) == sorted(f"some.json:{n}" for n in range(8)) and [r["id"] for r in one if "skipped" in r] == ["some.json:3"]
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert summary["results"]["all"]["n"] == 7 and summary["skipped"][0]["id"] == "some.json:3" and "broken.avi" in text
+    assert summary["settings"]["max_new_tokens"] == 18 and summary["settings"]["decoding"]["repetition_penalty"] == 1.05
+    assert "skipped 1 of 8" in text and summary["prompt"].startswith("what colour")
+    lines = whole.splitlines(keepends=True)
+    (tmp_path / "a" / "responses.jsonl").write_bytes(b"".join(lines[:4]) + lines[4][:20])  # killed while writing
+    measure(capsys, *common, "--output", tmp_path / "a")
+    again = [json.loads(line) for line in (tmp_path / "a" / "responses.jsonl").read_text().splitlines()]
+    key = lambda r: {k: v for k, v in r.items() if k != "seconds"}
+    assert sorted(map(str, map(key, again))) == sorted(map(str, map(key, one)))
+    assert "another max_frames" in refused(capsys, *common, "--output", tmp_path / "a", "--max_frames", 8)
+    measure(capsys, *common, "--output", tmp_path / "b")
+    text = measure(capsys, "compare", tmp_path / "a", tmp_path / "b")
+    assert "difference +0.000, 95% interval +0.000 to +0.000" in text and "7 common" in text
+
+
+def test_commands_refuse_in_one_line(bench, tmp_path, capsys):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "responses.jsonl").write_text('{"id": "x", "question": "q", "accuracy": 1.0}\n')
+    toy = ["--model", bench / "model", "--data", bench / "test.json"]
+    for arguments, word in (
+            ([], "required"), (["nothing"], "invalid choice"), (["score", *toy, "--model", tmp_path / "none"], "no such folder"),
+            (["score", *toy, "--colour", "red"], "--colour"), (["score", *toy, "--max_frames", "0"], "--max_frames"),
+            (["score", "--model", bench / "model", "--data", tmp_path / "none.json"], "cannot be read"),
+            (["compare", tmp_path / "a", tmp_path / "b"], "no such file"), (["compare", tmp_path / "b"], "required"),
+            (["curves", tmp_path], "no run"), (["curves", tmp_path, "--output", "x.gif"], ".png or .pdf"),
+            (["attention", *toy, "--sample", "99"], "no such record"), (["throughput", "--group", "0"], "above 0"),
+            (["throughput", "--algorithms", "ppo"], "ppo"), (["throughput", "--max_frames", "3"], "unrecognized"),
+            (["throughput", "--random_weights", "--model", tmp_path / "b"], "no usable configuration"),
+            (["decouple", *toy, "--perception", bench / "model", "--reasoning", tmp_path / "b", "--output", tmp_path / "d"], "no usable text")):
+        assert word in refused(capsys, *arguments), arguments
+
+
+def test_missing_videos_are_listed(bench, tmp_path, capsys):
+    records = json.loads((bench / "test.json").read_text())
+    records[0]["path"] = "gone\x1b.avi"
+    (tmp_path / "x.json").write_text(json.dumps(records))
+    common = ["score", "--model", bench / "model", "--data", tmp_path / "x.json", "--video_root", bench, "--output", tmp_path / "o"]
+    with pytest.raises(SystemExit):
+        evaluate.main([str(a) for a in common])
+    error = capsys.readouterr().err
+    assert "gone\\x1b.avi" in error and "--skip_missing" in error and "\x1b" not in error
+    assert "all 3" in re.sub(" +", " ", measure(capsys, *common, "--skip_missing"))
+
+
+def graded(monkeypatch):
+    """A random model is never right: let the number of letters decide."""
+    monkeypatch.setattr(data, "task_reward", lambda text, sample: (float(len(text) % 2),) * 3)
+
+
+def test_attention_picture(bench, tmp_path, capsys, monkeypatch):
+    graded(monkeypatch)
+    common = ["attention", "--model", bench / "model", "--data", bench / "test.json", "--sample", "1"]
+    assert "drawn" in measure(capsys, *common, "--model2", bench / "model", "--output", tmp_path / "x" / "a.png")
+    measure(capsys, *common, "--output", tmp_path / "a.pdf")
+    assert (tmp_path / "x" / "a.png").read_bytes()[:4] == b"\x89PNG" and (tmp_path / "a.pdf").read_bytes()[:4] == b"%PDF"
+
+
+def test_thumbnails_are_the_first_frames_of_the_steps(bench):
+    frames, seconds, duration = data.sample_frames(str(bench / "videos" / "test_0_00000.avi"), 1.0, 16)
+    patches, grid = data.frames_to_patches(frames, 3136, 3136)
+    prompt = dataclasses.make_dataclass("P", ["patches", "video_grids"])(patches, [grid])
+    assert np.array_equal(evaluate.thumbnails(prompt), frames[::2].permute(0, 2, 3, 1).numpy())
+
+
+def test_curves(tmp_path, capsys):
+    for n, (algorithm, steps) in enumerate((("appo", 4), ("appo", 3), ("dapo", 5))):
+        (tmp_path / f"r{n}").mkdir()
+        settings = dict(algorithm=algorithm, strategy="soft", alpha=1.7 * (algorithm == "appo"))
+        (tmp_path / f"r{n}" / "config.json").write_text(json.dumps({"settings": settings}))
+        lines = [json.dumps({name: float(n + step) for name in evaluate.CURVES[step == 2:]}) for step in range(steps)]
+        (tmp_path / f"r{n}" / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 9, "acc')  # half a last line
+    (tmp_path / "toy").mkdir()
+    label, run = evaluate.read_run(tmp_path / "r0")
+    assert label == "appo, soft, alpha 1.7" and run["reward"].tolist() == [0, 1, 2, 3] and math.isnan(run["accuracy"][2])
+    assert evaluate.read_run(tmp_path / "r2")[0] == "dapo"
+    assert evaluate.smooth(np.array([1.0, 3.0, 5.0, 9.0]), 2).tolist() == [1.0, 2.0, 4.0, 7.0]
+    folders = sorted(tmp_path.glob("*"))
+    assert "drawn" in measure(capsys, "curves", *folders, "--output", tmp_path / "c.png")
+    assert (tmp_path / "c.png").stat().st_size > 10_000
+
+
+def test_focus_command(bench, tmp_path, capsys, monkeypatch):
+    common = ["focus", "--model", bench / "model", "--data", bench / "train.json", "--output", tmp_path / "f.json"]
+    assert "no sample has right and wrong" in refused(capsys, *common)
+    graded(monkeypatch)
+    text, table = measure(capsys, *common), json.loads((tmp_path / "f.json").read_text())
+    assert "20.1" in text and sum(table["percent"].values()) == pytest.approx(100)
+    assert sum(table["samples"].values()) + table["left_out"]["one kind of response alone"] == 8
+
+
+def test_decouple_command(bench, tmp_path, capsys):
+    text = measure(capsys, "decouple", "--model", bench / "model", "--data", bench / "test.json", "--perception",
+                   f"{bench / 'model'},{bench / 'model'}", "--reasoning", f"{bench / 'text'}", "--output", tmp_path / "d.jsonl",
+                   "--max_new_tokens", 8)
+    records = [json.loads(line) for line in (tmp_path / "d.jsonl").read_text().splitlines()]
+    assert len(records) == 2 * 4 and text.count("4 of 4") == 2
+    assert records[0]["description"] == records[4]["description"]
+    assert records[0]["response"] == records[4]["response"]
+
+
+def test_the_describer_does_not_know_the_question():
+    asked = data.Sample("x", evaluate.DESCRIBE, [], "A", "description")
+    assert data.prompt_text(asked, None) == evaluate.DESCRIBE
+
+
+def test_throughput_command(bench, tmp_path, capsys):
+    """Both ways compute the same; every figure is in the file; times themselves are not judged."""
+    text = measure(capsys, "throughput", "--model", bench / "model", "--random_weights", "--frames", 4, "--group", 4, "--new_tokens", 5,
+                   "--prompts", 2, "--repetitions", 1, "--against_plain", "--output", tmp_path / "t.json")
+    result = json.loads((tmp_path / "t.json").read_text())
+    assert result["largest_difference"]["log_probs"] < 1e-5 and 0 <= result["largest_difference"]["frame_attention"] < 1e-7
+    assert list(result["algorithms"]) == ["appo", "dapo", "grpo", "usual way"] and "0.81" in text
+    for column in result["algorithms"].values():
+        assert set(column["seconds"]) == {"step", *evaluate.PHASES} and column["peak_memory_gb"] > 0
+        assert column["seconds"]["step"]["median"] == pytest.approx(sum(column["seconds"][p]["median"] for p in evaluate.PHASES))
+        assert column["samples_per_second"] == pytest.approx(2 / column["seconds"]["step"]["median"])
+        assert column["tokens_per_second"] == pytest.approx(20 * column["samples_per_second"])
+        assert all(column["seconds"][phase]["median"] > 0 for phase in ("embed", "prefill", "decode", "update"))
+    assert result["algorithms"]["appo"]["seconds"]["weights"]["median"] > 10 * result["algorithms"]["dapo"]["seconds"]["weights"]["median"]
+    assert result["appo_over_dapo"] > 0 and set(result["plain_over_ours"]) == {"step", *evaluate.PHASES}
+
+
+def test_throughput_growth(bench, tmp_path, capsys):
+    measure(capsys, "throughput", "--model", bench / "model", "--random_weights", "--frames", 2, "--group", 2, "--new_tokens", 2,
+            "--repetitions", 1, "--algorithms", "dapo", "--sweep", "--gradient_checkpointing", "--output", tmp_path / "t.json")
+    growth = json.loads((tmp_path / "t.json").read_text())["growth"]
+    assert [(row["group"], row["frames"]) for row in growth] == [(2, 2), (4, 2), (8, 2), (16, 2), (2, 8), (2, 16), (2, 32), (2, 64)]
+    assert growth[-1]["prefill"] > growth[-4]["prefill"]  # 64 frames, 8 frames
+
+
+# ---- real clips, the real tokenizer
+
+@needs_shared
+def test_real_clips(tmp_path, capsys, monkeypatch):
+    """All that needs a model runs through on real videos and pictures, a damaged one among them."""
+    tokenizer = AutoTokenizer.from_pretrained(SHARED / "models/qwen2.5-vl-3b")
+    config = json.loads((SHARED / "models/qwen2.5-vl-3b/config.json").read_text())
+    torch.manual_seed(0)
+    config = Qwen2_5_VLConfig(
+        text_config=dict(vocab_size=151936, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                         intermediate_size=64, tie_word_embeddings=True, rope_parameters=dict(
+                             rope_type="default", rope_theta=1e6, mrope_section=[4, 6, 6])),
+        vision_config=dict(depth=2, hidden_size=32, num_heads=2, intermediate_size=32, out_hidden_size=64,
+                           fullatt_block_indexes=[1], tokens_per_second=2),
+        tie_word_embeddings=True, **{name: value for name, value in config.items() if name.endswith("_token_id") and "vision_token" not in name})
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    model.generation_config.eos_token_id = [151645, 151643]
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    graded(monkeypatch)
+    clips = SHARED / "data"
+    records = json.loads((clips / "clips_video_r1.json").read_text())
+    damaged = records[0] | {"path": "corrupted.mp4"}
+    (tmp_path / "clips.json").write_text(json.dumps([*records[:2], damaged]))
+    (tmp_path / "mvbench").mkdir()
+    bounded = dict(video="nasa.mp4", question="q", candidates=["x", "y"], answer="y", start=1.0, end=4.0)
+    (tmp_path / "mvbench" / "action_sequence.json").write_text(json.dumps([bounded]))
+    files = f"{tmp_path / 'clips.json'},{clips / 'clips_next_gqa.json'},{tmp_path / 'mvbench' / 'action_sequence.json'}"
+    root = tmp_path / "root"
+    (root / "videos").mkdir(parents=True)
+    for clip in (SHARED / "videos").iterdir():
+        (root / clip.name).symlink_to(clip)
+    common = ["--model", tmp_path / "model", "--video_root", root, "--max_new_tokens", 6, "--max_frames", 4, "--readers", 1,
+              "--group_size", 2, "--min_pixels", 12544, "--max_pixels", 12544]
+    text = measure(capsys, "score", *common, "--data", files, "--output", tmp_path / "s")
+    summary = json.loads((tmp_path / "s" / "summary.json").read_text())
+    assert summary["results"]["all"]["n"] + len(summary["skipped"]) == 6 and "Acc@GQA" in text
+    measure(capsys, "attention", *common, "--data", files, "--output", tmp_path / "a.png")
+    measure(capsys, "focus", *common, "--data", files, "--group_size", 8)
