@@ -256,6 +256,7 @@ class GroupedCache:
         num_layers, first = len(caches[0].layers), caches[0].layers[0].keys  # [1, kv_heads, P - 1, D]
         heads, head_dim = first.shape[1], first.shape[3]
         self.group_size, self.step = group_size, 0
+        attention_layers = min(attention_layers, num_layers)
         self.first_read_layer, self.attention_layers = num_layers - attention_layers, attention_layers
         self.prompt = first.new_zeros(num_layers, 2, n, heads, max(lengths), head_dim)
         self.response = first.new_empty(num_layers, 2, n * group_size, heads, max_new_tokens, head_dim)
