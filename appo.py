@@ -526,13 +526,8 @@ def score_held_out(run: Run, samples: list[data.Sample], reader: data.VideoReade
 # -------------------------------------------------------------------------------------------------------- the run
 
 def set_up(s: Settings, weigh: Callable) -> Run:
-    """Processes, rollout model, sharded policy, optimizer."""
+    """Rollout model, sharded policy, optimizer."""
     rank, world, device = model_utils.init_processes()
-    if Path(s.model) == Path(s.toy_folder) / "model":
-        torch.set_num_threads(1)  # for operations this small, threads mostly wait for each other
-    if rank == 0:
-        prepare_built_in(s)
-    dist.barrier()
     model, tokenizer = model_utils.load_model(s.model, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
     reference = Policy(model, s.temperature).to(model.dtype).requires_grad_(False) if s.kl_coef else None
     policy = Policy(model, s.temperature)
@@ -546,8 +541,14 @@ def set_up(s: Settings, weigh: Callable) -> Run:
 def train(s: Settings, weigh: Callable = weigh_tokens) -> None:
     """The training loop: steps, logs, checkpoints. Randomness derives from (seed, position in the stream) alone, so no
     random state is kept, and a resumed run and one over more processes give the same numbers."""
-    run = set_up(s, weigh)
-    samples, held_out = (load_data(path, s, run.rank == 0) if path else [] for path in (s.data, s.eval_data))
+    rank, _, _ = model_utils.init_processes()
+    if Path(s.model) == Path(s.toy_folder) / "model":
+        torch.set_num_threads(1)  # for operations this small, threads mostly wait for each other
+    if rank == 0:
+        prepare_built_in(s)
+    dist.barrier()
+    samples, held_out = (load_data(path, s, rank == 0) if path else [] for path in (s.data, s.eval_data))
+    run = set_up(s, weigh)  # after the data: a mistake in them shows before a large model is loaded
     output, steps = Path(s.output), s.steps or math.ceil(s.epochs * len(samples) / s.prompts_per_step)
     done = model_utils.open_run_folder(output, asdict(s), free=("output", "steps", "epochs", "save_every", "keep", "eval_every",
                                                                 "readers", "decode_timeout", "rollout_groups"))

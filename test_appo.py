@@ -1706,7 +1706,7 @@ def test_alpha_zero_is_dapo(toy, tmp_path):
 
 @pytest.mark.parametrize("algorithm", list(appo.PRESETS))
 def test_every_algorithm_rises(toy, tmp_path, algorithm):
-    accuracy = [line["accuracy"] for line in train(toy, tmp_path / "run", algorithm=algorithm, steps=24, prompts_per_step=8,
+    accuracy = [line["accuracy"] for line in train(toy, tmp_path / "run", algorithm=algorithm, steps=20, prompts_per_step=8,
                                                    group_size=8, rollout_groups=8)]
     assert sum(accuracy[-8:]) / 8 > sum(accuracy[:8]) / 8 + 0.03
 
@@ -1720,7 +1720,7 @@ def test_grouped_decoding_changes_only_rounding(toy, tmp_path):
 def test_processes_do_not_change_the_numbers(toy, tmp_path, processes):
     """6 prompts over 2 or 4 processes (uneven: dummies), an unreadable video, dynamic groups of every size."""
     broken_data(toy, tmp_path, broken=1)
-    more = dict(steps=4, prompts_per_step=6, data=tmp_path / "broken.json", algorithm="appo",
+    more = dict(steps=3, prompts_per_step=6, data=tmp_path / "broken.json", algorithm="appo",
                 minibatch_prompts=3, updates_per_batch=1, eval_data=toy / "test.json")
     done = subprocess.run(**command(options(toy, tmp_path / "many", **more), processes))
     assert done.returncode == 0, done.stdout
@@ -1895,11 +1895,11 @@ def test_help_and_presets(capsys):
 
 def test_resume_equals_an_uninterrupted_run(toy, tmp_path):
     """Killed by SIGKILL at several moments, saving included, and resumed: the same logs and weights, bit for bit."""
-    more = dict(steps=6, save_every=1, eval_data=toy / "test.json")
+    more = dict(steps=5, save_every=1, eval_data=toy / "test.json")
     whole = subprocess.run(**command(options(toy, tmp_path / "whole", **more)))
     assert whole.returncode == 0, whole.stdout
     kills, arguments = 0, options(toy, tmp_path / "killed", **more)
-    for moment in ("held_out.jsonl", "step-000001.partial", "step-000004.partial/training"):
+    for moment in ("held_out.jsonl", "step-000001.partial", "step-000003.partial/training"):
         process = subprocess.Popen(**command(arguments + ["--resume"] * (kills > 0)))
         while process.poll() is None and not (tmp_path / "killed" / moment).exists():
             time.sleep(0.002)
@@ -1914,7 +1914,7 @@ def test_resume_equals_an_uninterrupted_run(toy, tmp_path):
     for name in ("samples.jsonl", "held_out.jsonl"):
         assert (tmp_path / "whole" / name).read_text() == (tmp_path / "killed" / name).read_text()
     # on another number of processes, from the checkpoint before the last
-    shutil.rmtree(tmp_path / "killed" / "step-000006")
+    shutil.rmtree(tmp_path / "killed" / "step-000005")
     done = subprocess.run(**command(arguments + ["--resume"], processes=2))
     assert done.returncode == 0, done.stdout
     same(metrics_of(tmp_path / "whole"), metrics_of(tmp_path / "killed"), rtol=1e-4, ignore=["rollout_logprob_gap"])
