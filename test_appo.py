@@ -615,6 +615,20 @@ def test_focused_frames_are_the_k2_highest_of_the_k1_mean():
             assert focused[i].nonzero().flatten().tolist() == top(score, k2)
 
 
+def test_the_papers_k1_is_the_default():
+    attention = torch.zeros(1, 20, 3)  # means over the highest 14, 15, 16 tokens: frame 0 wins at 15 alone
+    attention[0, :15, 0], attention[0, :, 1], attention[0, :14, 2] = 1.0, 0.97, 1.05
+    mask = torch.ones(1, 20, dtype=torch.bool)
+    assert appo.focused_frames(attention, mask, k2=1).tolist() == [[True, False, False]]
+    assert appo.focused_frames(attention, mask, k1=14, k2=1).tolist() == [[False, False, True]]
+    assert appo.focused_frames(attention, mask, k1=16, k2=1).tolist() == [[False, True, False]]
+
+
+def test_whole_numbers_are_rewards_too():
+    half = 0.5 / (1 / math.sqrt(3) + 1e-4)
+    assert group_advantages(torch.tensor([1, 0, 0, 1])).tolist() == pytest.approx([half, -half, -half, half])
+
+
 def test_perception_metric_is_a_number_without_gradient():
     new = torch.log(torch.tensor([[0.5, 0.2]])).requires_grad_()
     loss, metrics = perception_loss(new, torch.log(torch.tensor([[0.25, 0.2]])), torch.ones(1, 2, dtype=torch.bool), gamma=1.0)
@@ -1211,6 +1225,12 @@ def test_temporal_iou_equals_a_slow_count():
     ("9" * 1000 + " to 5", []), (".5 to 1.", [(0.5, 1)])])
 def test_span_shapes(text, spans):
     assert data.parse_spans(text) == spans
+
+
+def test_a_span_is_at_most_60_characters_long():
+    for length, found in ((60, [(1.0, 2.0)]), (61, [])):
+        text = "1 to 2." + "0" * (length - len("1 to 2."))
+        assert len(text) == length and data.parse_spans(text) == found
 
 
 def test_grounding_rewards():
