@@ -1919,7 +1919,7 @@ def test_resume_equals_an_uninterrupted_run(toy, tmp_path):
     whole = subprocess.run(**command(options(toy, tmp_path / "whole", **more)))
     assert whole.returncode == 0, whole.stdout
     kills, arguments = 0, options(toy, tmp_path / "killed", **more)
-    for moment in ("held_out.jsonl", "step-000001.partial", "step-000003.partial/training"):
+    for moment in ("step-000001.partial", "step-000003.partial/training"):
         process = subprocess.Popen(**command(arguments + ["--resume"] * (kills > 0)))
         while process.poll() is None and not (tmp_path / "killed" / moment).exists():
             time.sleep(0.002)
