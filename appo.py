@@ -83,6 +83,7 @@ class Settings:
     warmup_steps: int = HfArg(default=0, help="steps over which the learning rate rises to its value")
     beta2: float = HfArg(default=0.999, help="second beta of AdamW")
     max_grad_norm: float = HfArg(default=1.0, help="gradient clipping")
+    no_cuda_graph: bool = HfArg(default=False, help="decode without recorded GPU kernels: slower")
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations in the backward pass: less memory")
     # video
     fps: float = HfArg(default=1.0, help="frames a second")
@@ -191,12 +192,13 @@ def perception_token_weights(frame_attention: Tensor, logits: Tensor, response_m
     rows = torch.arange(group_size, device=weights.device)
     divergence = []
     for part in tuples.split(16):  # so many tuples at once: [16, G, V] is the largest tensor here
-        present = (part < length)[..., None]  # [U, G, 1]
+        absent = (part == length)[..., None]  # [U, G, 1]
         log_p = logits[rows.expand(part.shape), part.clamp(max=length - 1)].float().log_softmax(-1)  # [U, G, V]
-        p = log_p.exp().where(present, 0.0)
-        mean = p.sum(1, keepdim=True) / present.sum(1, keepdim=True).clamp(min=1)
-        divergence.append((p * (log_p - mean.log())).where((p > 0) & (mean > 0), 0.0)  # 0 log 0 = 0
-                          .sum((1, 2)).clamp(min=0))
+        p = log_p.masked_fill_(absent, -torch.inf).exp()
+        log_mean = (p.sum(1, keepdim=True) / (~absent).sum(1, keepdim=True).clamp(min=1)).log()  # [U, 1, V]
+        # 0 log 0 = 0: -inf becomes a number of which exp is 0, too; in place, for the tensors are large
+        log_ratio = log_p.clamp_(min=-1e4).sub_(log_mean.clamp_(min=-1e4))
+        divergence.append(torch.linalg.vecdot(p.flatten(1), log_ratio.flatten(1)).clamp(min=0))
     divergence = torch.cat(divergence)[which].view(len(order), k3)  # [K, k3], D_j of each frame
     exists = (order < length).any(1)  # [K, k3]: some response has a j-th token
     low = divergence.where(exists, torch.inf).amin(1, keepdim=True)
@@ -350,15 +352,16 @@ def prompt_stream(run: Run, samples: list[data.Sample]) -> Iterator[dict]:
 
 def roll_out(run: Run, prompts: dict[int, data.Prompt]) -> list[Group]:
     """2. to 5. Embed, sample, score, find the crucial frames; `rollout_groups` prompts at a time."""
-    s, groups, positions = run.settings, [], list(prompts)
+    s, groups, positions, ends = run.settings, [], list(prompts), model_utils.end_token_ids(run.model)
     for first in range(0, len(positions), s.rollout_groups):
         part = positions[first:first + s.rollout_groups]
-        encoded = [model_utils.encode_prompt(run.model, prompts[position]) for position in part]
+        encoded = model_utils.encode_prompts(run.model, [prompts[position] for position in part])
         run.lap("embed")
         uniforms = np.stack([np.random.default_rng((s.seed, ROLLOUT, position)).random((s.group_size, s.max_new_tokens))
                              for position in part])
         rollouts = model_utils.rollout(run.model, encoded, torch.from_numpy(uniforms), temperature=s.temperature,
-                                       attention_layers=s.attention_layers if s.alpha else 0)
+                                       attention_layers=s.attention_layers if s.alpha else 0,
+                                       cuda_graph=not s.no_cuda_graph)
         run.lap("rollout")
         for position, rollout in zip(part, rollouts):
             prompt, mask = prompts[position], rollout.response_mask
@@ -373,36 +376,47 @@ def roll_out(run: Run, prompts: dict[int, data.Prompt]) -> list[Group]:
                                          threshold=s.threshold, strategy=s.strategy)
             group = Group(position, prompt, rollout, texts, scores, group_advantages(scores["reward"]), crucial)
             if s.masked_video:
-                group.masked_prompt = model_utils.encode_prompt(run.model, prompt, prompt.masked_patches)
-            ended = torch.isin(rollout.response_ids, model_utils.end_token_ids(run.model)) & mask
+                group.masked_prompt, = model_utils.encode_prompts(run.model, [prompt], [prompt.masked_patches])
+            ended = torch.isin(rollout.response_ids, ends) & mask
             group.metrics = {name: score.mean().item() for name, score in scores.items()} | {
+                "entropy": group_mean(rollout.entropy, mask, "tokens").item(),
                 "response_length": mask.sum(1).float().mean().item(), "truncated": 1 - ended.any(1).float().mean().item(),
                 "zero_variance_groups": float((scores["reward"] == scores["reward"][0]).all()),
-                "crucial_frames": crucial.sum().item()}
+                "crucial_frames": crucial.sum().item(),
+                **dict.fromkeys(("loss", "approx_kl", "clip_fraction", "rollout_logprob_gap"), 0.0),  # until an update
+                "token_weight_mean": 1.0, "token_weight_max": 1.0}
             groups.append(group)
         run.lap("score")
     return groups
 
 
-def update(run: Run, groups: dict[int, Group], roster: list[tuple[int, int]]) -> list[float]:
+def learns(group: Group, s: Settings) -> bool:
+    """Has the group's loss a gradient? Equal rewards give advantages of 0, and if there is no other term, none."""
+    return bool(s.kl_coef or s.masked_video or group.advantages.any())
+
+
+def update(run: Run, groups: dict[int, Group], roster: list[tuple[int, int, bool]]) -> list[float]:
     """6. and 7. Weigh the tokens, then one or several optimizer steps on the batch; returns the gradient norms.
 
-    groups: this process's, by position; roster: (position, rank) of every group of the batch, in order. All processes
-    make the same number of passes, some perhaps with a dummy of weight 0: a pass of a sharded model is a collective call.
+    groups: this process's, by position; roster: (position, rank, `learns`) of every group of the batch, in order. A group
+    without a gradient counts in the mean over groups and is not computed: late in training that is most of the batch.
+    All processes make the same number of passes, some perhaps with a dummy of weight 0: a pass of a sharded model is a
+    collective call.
     """
     s, norms = run.settings, []
 
-    def passes(part: list[tuple[int, int]], masked: bool = False):
-        """(group, log_probs, entropy, hidden) of this process's groups, then (None, ...) for its dummies."""
-        mine = [groups[position] for position, rank in part if rank == run.rank]
+    def passes(part: list[tuple[int, int, bool]], masked: bool = False):
+        """(group, log_probs, hidden) of this process's groups that learn, then (None, ...) for its dummies."""
+        mine = [groups[position] for position, rank, learning in part if learning and rank == run.rank]
         for group in mine:
             prompt = group.masked_prompt if masked else group.rollout.prompt
             yield group, *run.policy(prompt, group.rollout.response_ids, group.rollout.response_mask)
-        for _ in range(max(Counter(rank for _, rank in part).values()) - len(mine)):
+        most = max(Counter(rank for _, rank, learning in part if learning).values(), default=1)
+        for _ in range(most - len(mine)):
             yield None, *run.policy(*model_utils.dummy_group(run.model))
 
     @torch.no_grad()
-    def record(group: Group, log_probs: Tensor, entropy: Tensor, hidden: Tensor) -> None:
+    def record(group: Group, log_probs: Tensor, hidden: Tensor) -> None:
         """6. The constants of the loss, and what is logged with them."""
         mask = group.rollout.response_mask
         group.old_log_probs = log_probs.detach()
@@ -412,10 +426,9 @@ def update(run: Run, groups: dict[int, Group], roster: list[tuple[int, int]]) ->
         if run.reference is not None:
             group.ref_log_probs = run.reference(group.rollout.prompt, group.rollout.response_ids, mask)[0]
         weights = torch.ones_like(log_probs) if group.token_weights is None else group.token_weights
-        group.metrics |= {
-            "entropy": group_mean(entropy, mask, "tokens").item(), "token_weight_max": weights.max().item(),
-            "token_weight_mean": group_mean(weights, mask, "tokens").item(),
-            "rollout_logprob_gap": (log_probs - group.rollout.log_probs).abs().max().item()}
+        group.metrics |= {"token_weight_max": weights.max().item(),
+                          "token_weight_mean": group_mean(weights, mask, "tokens").item(),
+                          "rollout_logprob_gap": (log_probs - group.rollout.log_probs).abs().max().item()}
 
     size = s.minibatch_prompts or s.prompts_per_step
     minibatches = [roster[i:i + size] for i in range(0, len(roster), size)]
@@ -464,10 +477,11 @@ def training_step(run: Run, draws: Iterator[dict], step: int) -> tuple[dict, lis
         run.lap("wait")
         groups |= {group.position: group for group in roll_out(run, prompts) if not s.dynamic_sampling
                    or (group.scores["accuracy"] != group.scores["accuracy"][0]).any()}
-        gathered = run.gather((list(groups), left_out, run.stop))
+        gathered = run.gather(({p: learns(group, s) for p, group in groups.items()}, left_out, run.stop))
         skipped += [record for _, records, _ in gathered for record in records]
         run.stop = any(stop for _, _, stop in gathered)  # the processes agree
-        roster = sorted((position, rank) for rank, (positions, _, _) in enumerate(gathered) for position in positions)
+        roster = sorted((position, rank, learning) for rank, (own, _, _) in enumerate(gathered)
+                        for position, learning in own.items())
         if len(roster) >= s.prompts_per_step:
             break
     roster = roster[:s.prompts_per_step]
@@ -475,13 +489,14 @@ def training_step(run: Run, draws: Iterator[dict], step: int) -> tuple[dict, lis
         parameters["lr"] = s.learning_rate * min(1, (step + 1) / max(s.warmup_steps, 1))
     norms = update(run, groups, roster) if roster else []
 
-    mine = {position: groups[position] for position, rank in roster if rank == run.rank}
+    mine = {position: groups[position] for position, rank, _ in roster if rank == run.rank}
     for group in mine.values():
-        group.metrics |= {name: float(np.mean([one[name] for one in group.updates])) for name in group.updates[0]}
+        if group.updates:
+            group.metrics |= {name: float(np.mean([one[name] for one in group.updates])) for name in group.updates[0]}
     everyone = {position: metrics for part in run.gather({p: g.metrics for p, g in mine.items()})
                 for position, metrics in part.items()}
     # in the order of the stream, so that the figures are the same for any number of processes
-    table = {name: [everyone[position][name] for position, _ in roster] for name in next(iter(everyone.values()), {})}
+    table = {name: [everyone[position][name] for position, *_ in roster] for name in next(iter(everyone.values()), {})}
     metrics = {name: max(values) if name in ("token_weight_max", "rollout_logprob_gap") else float(np.mean(values))
                for name, values in table.items()}
     elapsed = time.perf_counter() - started
@@ -517,7 +532,7 @@ def score_held_out(run: Run, samples: list[data.Sample], reader: data.VideoReade
     s, scores, mine = run.settings, [], [(i, (sample, None)) for i, sample in enumerate(samples)][run.rank::run.world]
     for batch in data.read_ahead(reader, (dict(mine[i:i + s.rollout_groups]) for i in range(0, len(mine), s.rollout_groups))):
         prompts, _ = data.build_prompts(batch, run.tokenizer, s.max_prompt_tokens)
-        encoded = [model_utils.encode_prompt(run.model, prompt) for prompt in prompts.values()]
+        encoded = model_utils.encode_prompts(run.model, list(prompts.values()))
         scores += score_prompts(run.model, run.tokenizer, prompts, encoded, s) if prompts else []
     scores = [score for part in run.gather(scores) for score in part]
     return {name: float(np.mean([score[name] for score in scores])) for name in (scores or [{}])[0]}
@@ -586,7 +601,8 @@ def train(s: Settings, weigh: Callable = weigh_tokens) -> None:
             metrics, skipped, groups = training_step(run, draws, step)
             log("metrics.jsonl", metrics)
             log("skipped.jsonl", *({"step": step + 1} | record for record in skipped))
-            log("samples.jsonl", *(describe(group, run.tokenizer, step + 1) for group in groups[:1]))
+            log("samples.jsonl", *(describe(group, run.tokenizer, step + 1)
+                                    for group in sorted(groups, key=lambda group: not learns(group, s))[:1]))
             bar.set_postfix({name: f"{metrics[name]:.2f}" for name in ("accuracy", "reward", "response_length")
                              if name in metrics})
             if s.dynamic_sampling and metrics["groups"] < s.prompts_per_step and run.rank == 0:
@@ -656,7 +672,7 @@ def prepare_built_in(s: Settings) -> None:
     def good_enough(model) -> bool:
         """Half of the answers right, and the model looks: else reinforcement learning has little to start from."""
         if not encoded:  # the vision tower does not change any more
-            encoded.extend(model_utils.encode_prompt(model, prompt) for prompt in test.values())
+            encoded.extend(model_utils.encode_prompts(model, list(test.values())))
         scores = score_prompts(model, tokenizer, test, encoded, Settings(**TINY))
         return all(np.mean([score[name] for score in scores]) >= least for name, least in (("accuracy", .5), ("top1", .3)))
 

@@ -184,7 +184,7 @@ def load_model(name: str):
 
 
 def evaluation_decoding(prompts: list, vocabulary: int, penalty: float = DECODING["repetition_penalty"]) -> Callable:
-    """choose(logits [B, V], response_ids [B, t]) -> ids [B]: the supplement's evaluation decoding, for `rollout`.
+    """choose(logits [B, V], ids [B, R]) -> ids [B]: the supplement's evaluation decoding, for `rollout`.
 
     Of one candidate (top-k 1) temperature and top-p change nothing: it is the argmax of the penalised logits. The
     penalty divides the positive and multiplies the negative logits of every token in the prompt or the response so far.
@@ -193,8 +193,8 @@ def evaluation_decoding(prompts: list, vocabulary: int, penalty: float = DECODIN
     for row, prompt in zip(in_prompt, prompts):
         row[prompt.input_ids] = True
 
-    def choose(logits: Tensor, response_ids: Tensor) -> Tensor:
-        seen = in_prompt.repeat_interleave(len(logits) // len(in_prompt), 0).scatter(1, response_ids, True)  # [B, V]
+    def choose(logits: Tensor, ids: Tensor) -> Tensor:
+        seen = in_prompt.repeat_interleave(len(logits) // len(in_prompt), 0).scatter(1, ids, True)  # [B, V]
         return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits).argmax(-1)
 
     return choose
@@ -204,7 +204,7 @@ def respond(model, tokenizer, prompts: list[data.Prompt], max_new_tokens: int) -
     """One response to each prompt, by evaluation decoding."""
     if not prompts:
         return []
-    encoded = [model_utils.encode_prompt(model, prompt) for prompt in prompts]
+    encoded = model_utils.encode_prompts(model, prompts)
     nothing_random = torch.zeros(len(prompts), 1, max_new_tokens, dtype=torch.float64)
     rollouts = model_utils.rollout(model, encoded, nothing_random, attention_layers=0,
                                    choose=evaluation_decoding(encoded, model.config.text_config.vocab_size))
@@ -653,7 +653,7 @@ def training_work(run: appo.Run, prompts: dict[int, data.Prompt]) -> tuple[dict[
         group.advantages = appo.group_advantages(half)
         group.crucial = appo.crucial_frames(rollout.frame_attention, rollout.response_mask, half, k1=s.k1, k2=s.k2)
     run.last = clock(device)
-    appo.update(run, groups, [(position, 0) for position in groups])
+    appo.update(run, groups, [(position, 0, True) for position in groups])
     seconds = run.seconds
     return {"embed": seconds["embed"], "prefill": inner["prefill"], "decode": seconds["rollout"] - inner["prefill"],
             "score": seconds["score"], "weights": seconds["weights"], "update": seconds["update"]}, groups
@@ -667,7 +667,7 @@ def usual_work(plain, optimizer, groups: dict[int, appo.Group], s: appo.Settings
     Returns (seconds of each phase, largest difference of log-probabilities, of frame attention).
     """
     device, seconds, log_prob_gap, attention_gap = plain.device, Counter(), 0.0, 0.0
-    last = clock(device)
+    last, excluded = clock(device), model_utils.excluded_token_ids(plain)
 
     def lap(phase: str) -> None:
         nonlocal last
@@ -709,7 +709,7 @@ def usual_work(plain, optimizer, groups: dict[int, appo.Group], s: appo.Settings
         sequences = torch.cat([ids, rollout.response_ids], 1)
         logits = plain(input_ids=sequences, attention_mask=torch.ones_like(sequences), **video, use_cache=False,
                        position_ids=torch.cat([positions, after], 2), logits_to_keep=length + 1).logits[:, :-1]
-        logits = model_utils.sampling_logits(logits, plain.config, s.temperature)  # [G, R, V]
+        logits = model_utils.sampling_logits(logits, excluded, s.temperature)  # [G, R, V]
         log_probs = logits.log_softmax(-1).gather(-1, rollout.response_ids[..., None])[..., 0]
         log_prob_gap = max(log_prob_gap, (log_probs - group.old_log_probs).abs().max().item())
         lap("update")

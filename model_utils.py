@@ -207,21 +207,27 @@ class EncodedPrompt:
 
 
 @torch.no_grad()
-def encode_prompt(model, prompt, patches: Tensor | None = None) -> EncodedPrompt:
-    """Embed a prompt's video and image. `prompt` has input_ids [P], patches, video_grids, image_grids,
-    seconds_per_grid, frame_of_token [P] and num_steps; other `patches` of the same shape may stand in (masked video)."""
+def encode_prompts(model, prompts: list, patches: list[Tensor] | None = None) -> list[EncodedPrompt]:
+    """Embed the videos and images of prompts in one call of the vision tower. A prompt has input_ids [P], patches,
+    video_grids, image_grids, seconds_per_grid, frame_of_token [P] and num_steps; other `patches` of the same shapes may
+    stand in (masked video)."""
     device, config = model.device, model.config
-    input_ids = prompt.input_ids.to(device)
-    positions, next_position = mrope_positions(prompt.input_ids, prompt.video_grids, prompt.image_grids,
-                                               prompt.seconds_per_grid, config)
-    grids = [*prompt.video_grids, *prompt.image_grids]
+    grids = [[*prompt.video_grids, *prompt.image_grids] for prompt in prompts]
+    counts = [sum(t * h * w for t, h, w in own) // config.vision_config.spatial_merge_size ** 2 for own in grids]
     embeds = torch.empty(0, config.text_config.hidden_size, device=device, dtype=model.dtype)
-    if grids:
-        patches = (prompt.patches if patches is None else patches).to(device, model.dtype)
-        embeds = model.model.visual(patches, grid_thw=torch.tensor(grids, device=device)).pooler_output
-    visual = torch.isin(input_ids, torch.tensor([config.video_token_id, config.image_token_id], device=device))
-    return EncodedPrompt(input_ids, positions.to(device), next_position, visual, embeds,
-                         prompt.frame_of_token.to(device), prompt.num_steps)
+    if sum(counts):
+        patches = [prompt.patches for prompt in prompts if prompt.patches is not None] if patches is None else patches
+        embeds = model.model.visual(torch.cat(patches).to(device, model.dtype),
+                                    grid_thw=torch.tensor(sum(grids, []), device=device)).pooler_output
+    kinds = torch.tensor([config.video_token_id, config.image_token_id])
+    encoded = []
+    for prompt, own in zip(prompts, embeds.split(counts)):
+        positions, next_position = mrope_positions(prompt.input_ids, prompt.video_grids, prompt.image_grids,
+                                                   prompt.seconds_per_grid, config)
+        visual = torch.isin(prompt.input_ids, kinds)
+        encoded.append(EncodedPrompt(prompt.input_ids.to(device), positions.to(device), next_position, visual.to(device),
+                                     own, prompt.frame_of_token.to(device), prompt.num_steps))
+    return encoded
 
 
 def prompt_embeds(language_model, prompt: EncodedPrompt) -> Tensor:
@@ -230,11 +236,17 @@ def prompt_embeds(language_model, prompt: EncodedPrompt) -> Tensor:
     return embeds.masked_scatter(prompt.visual_mask[:, None], prompt.visual_embeds.to(embeds.dtype))
 
 
-def sampling_logits(logits: Tensor, config, temperature: float) -> Tensor:
-    """fp32 logits of the distribution that tokens are sampled from, in rollout and update alike: divided by the
-    temperature, and -inf for the visual tokens, which a forward pass could not place. logits [..., V]."""
-    visual = [config.video_token_id, config.image_token_id, config.vision_start_token_id, config.vision_end_token_id]
-    return (logits.float() / temperature).index_fill(-1, torch.tensor(visual, device=logits.device), -torch.inf)
+def excluded_token_ids(model) -> Tensor:
+    """Ids that are never sampled: the visual tokens, which a forward pass could not place."""
+    config = model.config
+    return torch.tensor([config.video_token_id, config.image_token_id, config.vision_start_token_id,
+                         config.vision_end_token_id], device=model.device)
+
+
+def sampling_logits(logits: Tensor, excluded: Tensor, temperature: float) -> Tensor:
+    """fp32 logits [..., V] of the distribution that tokens are sampled from, in rollout and update alike: divided by the
+    temperature, and -inf for the `excluded` ids."""
+    return (logits.float() / temperature).index_fill_(-1, excluded, -torch.inf)
 
 
 # ------------------------------------------------------------------------------------------------- grouped rollout
@@ -247,6 +259,9 @@ class GroupedCache:
     advance in step. Column t of the response cache belongs to the token that is fed at step t, and column 0 to the last
     prompt token. In the last `attention_layers` layers a step adds its attention to the visual steps to
     `frame_attention`; nothing of size heads x keys outlives a layer.
+
+    All that changes from step to step is written in place, `step` too, so that a CUDA graph can replay a step. `width`
+    columns are read, those after `step` masked.
     """
 
     def __init__(self, prompts: list[EncodedPrompt], caches: list[DynamicCache], group_size: int, max_new_tokens: int,
@@ -255,11 +270,13 @@ class GroupedCache:
         lengths = [len(prompt.input_ids) - 1 for prompt in prompts]  # the last token is the first decoding step's
         num_layers, first = len(caches[0].layers), caches[0].layers[0].keys  # [1, kv_heads, P - 1, D]
         heads, head_dim = first.shape[1], first.shape[3]
-        self.group_size, self.step = group_size, 0
+        self.group_size, self.width = group_size, max_new_tokens
+        self.step = torch.zeros(1, dtype=torch.long, device=device)
+        self.columns = torch.arange(max_new_tokens, device=device)
         attention_layers = min(attention_layers, num_layers)
         self.first_read_layer, self.attention_layers = num_layers - attention_layers, attention_layers
         self.prompt = first.new_zeros(num_layers, 2, n, heads, max(lengths), head_dim)
-        self.response = first.new_empty(num_layers, 2, n * group_size, heads, max_new_tokens, head_dim)
+        self.response = first.new_zeros(num_layers, 2, n * group_size, heads, max_new_tokens, head_dim)
         self.prompt_padding = torch.ones(n, 1, 1, max(lengths), dtype=torch.bool, device=device)
         self.pooling = torch.zeros(n, max(lengths), max(p.num_steps for p in prompts), device=device)
         for i, (prompt, cache, length) in enumerate(zip(prompts, caches, lengths)):
@@ -267,13 +284,15 @@ class GroupedCache:
                 self.prompt[layer, 0, i, :, :length], self.prompt[layer, 1, i, :, :length] = kept.keys[0], kept.values[0]
             self.prompt_padding[i, ..., :length] = False
             self.pooling[i, :length, :prompt.num_steps] = prompt.frame_pooling()[:length]
-        self.frame_attention = torch.zeros(n, group_size, self.pooling.shape[2], device=device)  # of this step
+        self.frame_attention = torch.zeros(n, group_size, max_new_tokens, self.pooling.shape[2], device=device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """query [B, heads, 1, D], key and value [B, kv_heads, 1, D] of this step -> [B, 1, heads, D]."""
         prompt_keys, prompt_values = self.prompt[layer]  # [N, kv_heads, P, D]
-        self.response[layer, 0, :, :, self.step], self.response[layer, 1, :, :, self.step] = key[:, :, 0], value[:, :, 0]
-        keys, values = self.response[layer, :, :, :, :self.step + 1]  # [B, kv_heads, t + 1, D]
+        for kept, new in zip(self.response[layer], (key, value)):
+            kept.index_copy_(2, self.step, new)
+        keys, values = self.response[layer, :, :, :, :self.width]  # [B, kv_heads, width, D]
+        ahead = self.columns[:self.width] > self.step
         (rows, heads, _, dim), (n, kv_heads, prompt_length, _) = query.shape, prompt_keys.shape
         share = heads // kv_heads  # query heads that share a key head (grouped-query attention)
 
@@ -286,12 +305,12 @@ class GroupedCache:
         query = query.reshape(rows, kv_heads, share, dim)
         scores = torch.cat([
             by_row((by_group(query) @ prompt_keys.mT).masked_fill(self.prompt_padding, -torch.inf)),
-            query @ keys.mT], dim=-1)  # [B, kv_heads, share, P + t + 1]
+            (query @ keys.mT).masked_fill(ahead, -torch.inf)], dim=-1)  # [B, kv_heads, share, P + width]
         weights = (scores.float() * scaling).softmax(-1)
-        to_prompt, to_response = weights.split([prompt_length, self.step + 1], dim=-1)
+        to_prompt, to_response = weights.split([prompt_length, self.width], dim=-1)
         if layer >= self.first_read_layer:
             read = to_prompt.mean((1, 2)).view(n, self.group_size, prompt_length)  # mean over heads
-            self.frame_attention += read @ self.pooling / self.attention_layers  # [N, G, F]
+            self.frame_attention.index_add_(2, self.step, (read @ self.pooling)[:, :, None], alpha=1 / self.attention_layers)
         output = by_row(by_group(to_prompt.to(value.dtype)) @ prompt_values) + to_response.to(value.dtype) @ values
         return output.reshape(rows, 1, heads, dim)
 
@@ -313,21 +332,26 @@ class Rollout:
     response_ids: Tensor  # [G, R]
     response_mask: Tensor  # bool [G, R], true up to and with the end token
     log_probs: Tensor  # [G, R], while sampling
+    entropy: Tensor  # [G, R], of the distributions sampled from
     frame_attention: Tensor  # [G, R, F], of the step that generates the token; 0 if no layer is read
 
 
+BLOCK = 128  # response columns that the attention of a decoding step is widened by, and steps that share a CUDA graph
+
+
 @torch.no_grad()
-def rollout(model, prompts: list[EncodedPrompt], uniforms: Tensor, *, temperature: float = 1.0,
-            attention_layers: int = 3, choose: Callable | None = None) -> list[Rollout]:
+def rollout(model, prompts: list[EncodedPrompt], uniforms: Tensor, *, temperature: float = 1.0, attention_layers: int = 3,
+            choose: Callable | None = None, cuda_graph: bool = True) -> list[Rollout]:
     """Sample G responses to each of N prompts, all N * G rows decoding together.
 
     Args: uniforms float64 [N, G, max_new_tokens] in [0, 1), the only source of randomness: token t is the one at which
         the cumulative distribution passes uniforms[..., t]; attention_layers, how many last layers are read;
-        choose(logits [B, V], response_ids [B, t]) -> ids [B] replaces the sampling (evaluation).
+        choose(logits [B, V], ids [B, max_new_tokens]) -> ids [B] replaces the sampling (evaluation); the places of `ids`
+        that are still to come repeat the last prompt token; cuda_graph, record decoding steps on a GPU.
     """
     n, group_size, max_new_tokens = uniforms.shape
     uniforms = uniforms.to(model.device).view(n * group_size, max_new_tokens)
-    text, ends = model.model.language_model, end_token_ids(model)
+    text, ends, excluded = model.model.language_model, end_token_ids(model), excluded_token_ids(model)
     caches = [DynamicCache() for _ in prompts]
     for prompt, cache in zip(prompts, caches):  # the prompt once per group, without its last token
         text(inputs_embeds=prompt_embeds(text, prompt)[None, :-1], position_ids=prompt.positions[:, None, :-1],
@@ -335,37 +359,54 @@ def rollout(model, prompts: list[EncodedPrompt], uniforms: Tensor, *, temperatur
     cache = GroupedCache(prompts, caches, group_size, max_new_tokens, attention_layers)
     del caches
     token = torch.stack([prompt.input_ids[-1] for prompt in prompts]).repeat_interleave(group_size)  # [B]
-    position = torch.stack([prompt.positions[:, -1] for prompt in prompts], 1).repeat_interleave(group_size, 1)  # [3, B]
+    first = torch.stack([prompt.positions[:, -1] for prompt in prompts], 1).repeat_interleave(group_size, 1)  # [3, B]
     start = torch.tensor([prompt.next_position for prompt in prompts], device=model.device).repeat_interleave(group_size)
-    ids, log_probs, attention = token.new_empty(len(token), max_new_tokens), [], []
-    lengths = torch.full_like(token, max_new_tokens)
-    for t in range(max_new_tokens):
+    ids, lengths = token[:, None].repeat(1, max_new_tokens), torch.full_like(token, max_new_tokens)
+    log_probs, entropy = uniforms.new_zeros(2, *uniforms.shape, dtype=torch.float32)
+
+    def decode_step() -> None:
+        """Feed `token`, draw the next. Everything stays on the device and at its address: see GroupedCache."""
+        position = torch.where(cache.step == 0, first, start + cache.step - 1)  # [3, B]
         hidden = text(inputs_embeds=text.embed_tokens(token)[:, None], position_ids=position[:, :, None], cache=cache,
                       attention_mask={"full_attention": None}, use_cache=False).last_hidden_state[:, 0]
-        logits = sampling_logits(model.lm_head(hidden), model.config, temperature)  # [B, V]
+        logits = sampling_logits(model.lm_head(hidden), excluded, temperature)  # [B, V]
+        log_p = logits.log_softmax(-1)
+        p = log_p.exp()
         if choose is None:
-            cumulative = logits.double().softmax(-1).cumsum(-1)
-            threshold = uniforms[:, t:t + 1] * cumulative[:, -1:]
-            token = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+            cumulative = p.cumsum(-1, dtype=torch.float64)
+            threshold = uniforms.index_select(1, cache.step) * cumulative[:, -1:]
+            drawn = torch.searchsorted(cumulative, threshold, right=True).clamp(max=logits.shape[-1] - 1)  # [B, 1]
         else:
-            token = choose(logits, ids[:, :t])
-        ids[:, t] = token
-        log_probs.append(logits.log_softmax(-1).gather(-1, token[:, None])[:, 0])
-        attention.append(cache.frame_attention.clone())
-        lengths = torch.where(torch.isin(token, ends) & (lengths == max_new_tokens), t + 1, lengths)
-        cache.step, position = t + 1, (start + t).expand(3, -1)
-        cache.frame_attention.zero_()
+            drawn = choose(logits, ids)[:, None]
+        ids.index_copy_(1, cache.step, drawn)
+        log_probs.index_copy_(1, cache.step, log_p.gather(-1, drawn))
+        entropy.index_copy_(1, cache.step, torch.special.entr(p).sum(-1, keepdim=True))
+        cache.step.add_(1)
+        token.copy_(drawn[:, 0])
+        lengths.copy_(torch.where((drawn == ends).any(-1) & (lengths == max_new_tokens), cache.step, lengths))
+
+    for t in range(max_new_tokens):
+        if t % BLOCK == 0:
+            step, cache.width = decode_step, min(t + BLOCK, max_new_tokens)
+        elif t % BLOCK == 1 and cuda_graph and model.device.type == "cuda":
+            # launching a step's kernels one by one takes longer than they run; the step before this one warmed up
+            step = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(step):
+                decode_step()
+            step = step.replay
+        step()
         # asking the GPU whether every row has ended makes the host wait: ask now and then
         if (model.device.type == "cpu" or t % 8 == 7) and bool((lengths <= t + 1).all()):
             break
-    lengths, log_probs = lengths.view(n, group_size), torch.stack(log_probs, 1).view(n, group_size, -1)
-    ids, attention = ids.view(n, group_size, -1), torch.stack(attention, 2)  # [N, G, R, F]
+    grouped = [x.view(n, group_size, -1) for x in (ids, log_probs, entropy)]
     rollouts = []
     for i, prompt in enumerate(prompts):
-        length = int(lengths[i].max())
-        mask = torch.arange(length, device=model.device) < lengths[i][:, None]
-        rollouts.append(Rollout(prompt, ids[i, :, :length].where(mask, 0), mask, log_probs[i, :, :length] * mask,
-                                attention[i, :, :length, :prompt.num_steps] * mask[:, :, None]))
+        own = lengths.view(n, group_size)[i]
+        length = int(own.max())
+        mask = torch.arange(length, device=model.device) < own[:, None]
+        parts = [x[i, :, :length].where(mask, 0) for x in grouped]
+        attention = cache.frame_attention[i, :, :length, :prompt.num_steps] * mask[:, :, None]
+        rollouts.append(Rollout(prompt, parts[0], mask, parts[1], parts[2], attention))
     return rollouts
 
 
@@ -381,12 +422,13 @@ class Policy(nn.Module):
     def __init__(self, model, temperature: float = 1.0):
         super().__init__()
         self.language_model, self.lm_head = copy.deepcopy((model.model.language_model, model.lm_head))
-        self.config, self.temperature = model.config, temperature
+        self.temperature = temperature
+        self.register_buffer("excluded", excluded_token_ids(model), persistent=False)
         self.float().requires_grad_(True).train()
 
     def forward(self, prompt: EncodedPrompt, response_ids: Tensor, response_mask: Tensor):
-        """response_ids [G, R] and response_mask bool [G, R] -> log_probs [G, R], entropy [G, R] (no gradient), both 0
-        in the padding, and the hidden states [G, R, H] whose head gives each token's distribution (no gradient)."""
+        """response_ids [G, R] and response_mask bool [G, R] -> log_probs [G, R], 0 in the padding, and the hidden states
+        [G, R, H] whose head gives each token's distribution (no gradient)."""
         row, column = response_mask.nonzero(as_tuple=True)  # [T] each: the real tokens, response after response
         prompt_length, total = len(prompt.input_ids), len(row)
         owner = torch.cat([row.new_full((prompt_length,), -1), row])  # -1: the prompt, else the response
@@ -401,19 +443,16 @@ class Policy(nn.Module):
         source = torch.where(column == 0, prompt_length - 1, order[prompt_length:] - 1)
         hidden, targets = hidden[source], response_ids[response_mask]  # [T, H], [T]
         # checkpointed chunks: the logits [T, V] of a 3B model would be the largest tensor of the whole update
-        chunks = [checkpoint(self.head, h, y, use_reentrant=False) for h, y in zip(hidden.split(512), targets.split(512))]
-        log_probs, entropy = (torch.cat(parts) for parts in zip(*chunks))
-        empty = log_probs.new_zeros(response_mask.shape)
+        log_probs = torch.cat([checkpoint(self.head, h, y, use_reentrant=False)
+                               for h, y in zip(hidden.split(512), targets.split(512))])
         kept = hidden.new_zeros(*response_mask.shape, hidden.shape[-1])
         kept[response_mask] = hidden.detach()
-        return empty.masked_scatter(response_mask, log_probs), empty.masked_scatter(response_mask, entropy), kept
+        return log_probs.new_zeros(response_mask.shape).masked_scatter(response_mask, log_probs), kept
 
-    def head(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden [T, H], targets [T] -> log-probability and entropy of the sampling distribution, [T] each."""
-        log_probs = sampling_logits(self.lm_head(hidden), self.config, self.temperature).log_softmax(-1)
-        with torch.no_grad():
-            entropy = torch.special.entr(log_probs.exp()).sum(-1)
-        return log_probs.gather(-1, targets[:, None])[:, 0], entropy
+    def head(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """hidden [T, H], targets [T] -> log-probabilities [T]."""
+        logits = sampling_logits(self.lm_head(hidden), self.excluded, self.temperature)
+        return logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
 
 
 def dummy_group(model) -> tuple[EncodedPrompt, Tensor, Tensor]:
@@ -434,7 +473,7 @@ class HeadLogits:
     def __getitem__(self, index) -> Tensor:
         with torch.no_grad():
             hidden = self.hidden[index].to(self.model.dtype)
-            return sampling_logits(self.model.lm_head(hidden), self.model.config, self.temperature)
+            return sampling_logits(self.model.lm_head(hidden), excluded_token_ids(self.model), self.temperature)
 
 
 # --------------------------------------------------------------------------------------- processes and precision
@@ -550,7 +589,10 @@ def warm_up(model, lessons: list, good_enough: Callable[[nn.Module], bool], *, b
         bar.update()
     model.requires_grad_(False)
 
-    encoded = {id(lesson): encode_prompt(model, lesson.prompt) for lesson in lessons}
+    encoded = {}
+    for first in range(0, len(lessons), 64):
+        part = lessons[first:first + 64]
+        encoded |= zip(map(id, part), encode_prompts(model, [lesson.prompt for lesson in part]))
     policy = Policy(model)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
     for step in range(max_steps):

@@ -18,6 +18,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1467,7 +1468,7 @@ def test_rollout_equals_plain_eager_forward(tiny, temperature):
     """Decoded = teacher-forced, padded = unpadded, together = alone, frame attention = full eager attention."""
     model, plain, _ = tiny
     prompts = prompts_of(model.config)
-    encoded, numbers = [model_utils.encode_prompt(model, p) for p in prompts], uniforms(prompts, 3, 12)
+    encoded, numbers = model_utils.encode_prompts(model, prompts), uniforms(prompts, 3, 12)
     together = model_utils.rollout(model, encoded, numbers, temperature=temperature, attention_layers=2)
     for i, (prompt, group) in enumerate(zip(prompts, together)):
         alone, = model_utils.rollout(model, encoded[i:i + 1], numbers[i:i + 1], temperature=temperature, attention_layers=2)
@@ -1481,6 +1482,8 @@ def test_rollout_equals_plain_eager_forward(tiny, temperature):
             with torch.no_grad():
                 log_probs, logits, attention = plain_forward(plain, prompt, response, temperature)
             torch.testing.assert_close(group.log_probs[g][real], log_probs, rtol=0, atol=1e-5)
+            p = logits.softmax(-1).double()
+            torch.testing.assert_close(group.entropy[g][real].double(), -(p * p.clamp(min=1e-300).log()).sum(-1), rtol=0, atol=1e-5)
             torch.testing.assert_close(group.frame_attention[g][real], attention, rtol=0, atol=1e-7)
             cumulative = logits.double().softmax(-1).cumsum(-1)  # the token at which the distribution passes the number
             chosen = (cumulative > numbers[i, g, :len(response), None]).int().argmax(-1)
@@ -1490,10 +1493,52 @@ def test_rollout_equals_plain_eager_forward(tiny, temperature):
 
 def test_reading_attention_does_not_change_the_samples(tiny):
     model, prompts = tiny[0], prompts_of(tiny[0].config)[:2]
-    encoded, numbers = [model_utils.encode_prompt(model, p) for p in prompts], uniforms(prompts, 2, 8)
+    encoded, numbers = model_utils.encode_prompts(model, prompts), uniforms(prompts, 2, 8)
     for read, unread in zip(*(model_utils.rollout(model, encoded, numbers, attention_layers=n) for n in (2, 0))):
         assert torch.equal(read.response_ids, unread.response_ids) and torch.equal(read.log_probs, unread.log_probs)
         assert (unread.frame_attention == 0).all() and (read.frame_attention[read.response_mask] > 0).any()
+
+
+def test_blocks_of_columns_change_nothing(tiny, monkeypatch):
+    model, prompts = tiny[0], prompts_of(tiny[0].config)
+    encoded, numbers = model_utils.encode_prompts(model, prompts), uniforms(prompts, 3, 12)
+    whole = model_utils.rollout(model, encoded, numbers, attention_layers=2)
+    monkeypatch.setattr(model_utils, "BLOCK", 5)
+    for a, b in zip(whole, model_utils.rollout(model, encoded, numbers, attention_layers=2)):
+        assert torch.equal(a.response_ids, b.response_ids)
+        torch.testing.assert_close(a.log_probs, b.log_probs, rtol=0, atol=1e-5)
+        torch.testing.assert_close(a.frame_attention, b.frame_attention, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("evaluating", [False, True])
+def test_a_decoding_step_can_be_recorded(tiny, evaluating):
+    """What a CUDA graph forbids: no step reads a value back to the host (the loop alone does, once a step on a CPU),
+    makes a constant from Python numbers or lets a shape depend on values; the operations of all steps are the same."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.calls = Counter()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.calls[func._schema.name] += 1
+            return func(*args, **(kwargs or {}))
+
+    model, prompts = tiny[0], prompts_of(tiny[0].config)[:2]
+    encoded, calls = model_utils.encode_prompts(model, prompts), []
+    choose = evaluate.evaluation_decoding(encoded, model.config.text_config.vocab_size) if evaluating else None
+    numbers = torch.full((2, 2, 10), 0.5, dtype=torch.float64)
+    for length in 3, 6, 9:
+        with Count() as count:
+            rollouts = model_utils.rollout(model, encoded, numbers[:, :, :length], attention_layers=2, choose=choose)
+        assert max(r.response_ids.shape[1] for r in rollouts) == length  # else there were fewer steps
+        calls.append(count.calls)
+    three = calls[1] - calls[0]
+    assert three == calls[2] - calls[1] and three["aten::index_copy_"] > 3 * 5
+    for name in "lift_fresh", "nonzero", "_unique2", "masked_select", "scalar_tensor", "full":
+        assert three[f"aten::{name}"] == 0, name
+    assert three["aten::_local_scalar_dense"] == 3
 
 
 def test_rows_stop_at_their_own_end_token(tiny):
@@ -1501,10 +1546,11 @@ def test_rows_stop_at_their_own_end_token(tiny):
     model, prompts = tiny[0], prompts_of(tiny[0].config)[:2]
     ends = model_utils.end_token_ids(model)
     assert len(ends) == 2
-    script = {(0, 2): ends[0], (1, 0): ends[1], (3, 4): ends[0]}  # row 2 never ends
+    script, steps = {(0, 2): ends[0], (1, 0): ends[1], (3, 4): ends[0]}, iter(range(6))  # row 2 never ends
     def choose(logits, ids):
-        return torch.tensor([script.get((row, ids.shape[1]), torch.tensor(20)) for row in range(4)])
-    first, second = model_utils.rollout(model, [model_utils.encode_prompt(model, p) for p in prompts],
+        step = next(steps)
+        return torch.tensor([script.get((row, step), torch.tensor(20)) for row in range(4)])
+    first, second = model_utils.rollout(model, model_utils.encode_prompts(model, prompts),
                                         uniforms(prompts, 2, 6), choose=choose)
     assert first.response_mask.tolist() == [[True] * 3, [True, False, False]]
     assert second.response_mask.tolist() == [[True] * 6, [True] * 5 + [False]]
@@ -1512,7 +1558,7 @@ def test_rows_stop_at_their_own_end_token(tiny):
 
 
 def test_packed_equals_plain_forward_and_gradient(tiny):
-    """Log-probabilities, entropies and gradients of one packed sequence = those of G full sequences."""
+    """Log-probabilities and gradients of one packed sequence = those of G full sequences."""
     model, plain, _ = tiny
     plain = copy.deepcopy(plain).requires_grad_(True)
     plain.model.visual.requires_grad_(False)
@@ -1521,19 +1567,17 @@ def test_packed_equals_plain_forward_and_gradient(tiny):
         ids = torch.randint(8, 40, (4, 7), generator=torch.Generator().manual_seed(n))
         mask = torch.arange(7) < torch.tensor([7, 1, 4, 6])[:, None]
         upstream = torch.randn(4, 7, generator=torch.Generator().manual_seed(n))
-        encoded = model_utils.encode_prompt(model, prompt)
-        log_probs, entropy, hidden = policy(encoded, ids, mask)
+        encoded = model_utils.encode_prompts(model, [prompt])[0]
+        log_probs, hidden = policy(encoded, ids, mask)
         (log_probs * upstream).sum().backward()
         plain.zero_grad()
         for g in range(4):
             expected, logits, _ = plain_forward(plain, prompt, ids[g][mask[g]], 0.8)
             (expected * upstream[g][mask[g]]).sum().backward()
             torch.testing.assert_close(log_probs[g][mask[g]], expected, rtol=0, atol=1e-5)
-            p = logits.softmax(-1).double()
-            torch.testing.assert_close(entropy[g][mask[g]].double(), -(p * p.clamp(min=1e-300).log()).sum(-1), rtol=0, atol=1e-5)
             lazy = model_utils.HeadLogits(model, hidden, 0.8)[torch.full_like(ids[g][mask[g]], g), mask[g].nonzero()[:, 0]]
             torch.testing.assert_close(lazy, logits, rtol=0, atol=1e-5)
-        assert (log_probs[~mask] == 0).all() and (entropy[~mask] == 0).all()
+        assert (log_probs[~mask] == 0).all()
         theirs = dict(plain.named_parameters())
         for name, parameter in policy.named_parameters():
             other = theirs["lm_head.weight" if name == "lm_head.weight" else "model." + name].grad
@@ -1543,7 +1587,7 @@ def test_packed_equals_plain_forward_and_gradient(tiny):
 
 def test_padding_has_no_gradient_and_changes_nothing(tiny):
     model, prompt = tiny[0], prompts_of(tiny[0].config)[0]
-    policy, encoded = model_utils.Policy(model), model_utils.encode_prompt(model, prompt)
+    policy, encoded = model_utils.Policy(model), model_utils.encode_prompts(model, [prompt])[0]
     mask = torch.arange(5) < torch.tensor([5, 2])[:, None]
     ids = torch.randint(8, 40, (2, 5), generator=torch.Generator().manual_seed(0))
     other = torch.where(mask, ids, 50)  # word 50 stands in the padding alone
@@ -1562,12 +1606,12 @@ def test_a_wish_for_visual_tokens_does_not_break_training(tiny):
     with torch.no_grad():
         model.lm_head.weight[model.config.video_token_id] *= 1e4
         model.lm_head.weight[model.config.image_token_id] *= -1e4
-    encoded = model_utils.encode_prompt(model, prompt)
+    encoded = model_utils.encode_prompts(model, [prompt])[0]
     group, = model_utils.rollout(model, [encoded], uniforms([prompt], 4, 8))
     visual = torch.tensor([model.config.video_token_id, model.config.image_token_id])
     assert not torch.isin(group.response_ids, visual).any() and group.log_probs.isfinite().all()
     policy = model_utils.Policy(model)
-    log_probs, _, _ = policy(encoded, group.response_ids, group.response_mask)
+    log_probs, _ = policy(encoded, group.response_ids, group.response_mask)
     log_probs.sum().backward()
     assert all(p.grad.isfinite().all() for p in policy.parameters())
     torch.testing.assert_close(log_probs, group.log_probs, rtol=0, atol=1e-5)
@@ -1581,7 +1625,7 @@ def test_gradient_checkpointing_changes_nothing(tiny):
         policy = model_utils.Policy(model)
         if checkpointing:
             policy.language_model.gradient_checkpointing_enable({"use_reentrant": False})
-        policy(model_utils.encode_prompt(model, prompt), ids, mask)[0].sum().backward()
+        policy(model_utils.encode_prompts(model, [prompt])[0], ids, mask)[0].sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-6)
 
@@ -1834,13 +1878,13 @@ def test_gradient_of_the_objective_by_finite_differences(tiny, algorithm):
     """The whole objective through the tiny model, all constants of the loss held fixed: slope along a direction."""
     model, s = tiny[0], appo.Settings(**appo.PRESETS[algorithm])
     prompt = prompts_of(model.config)[0]
-    encoded = model_utils.encode_prompt(model, prompt)
-    masked = model_utils.encode_prompt(model, prompt, prompt.patches * 0)
+    encoded = model_utils.encode_prompts(model, [prompt])[0]
+    masked = model_utils.encode_prompts(model, [prompt], [prompt.patches * 0])[0]
     group, = model_utils.rollout(model, [encoded], uniforms([prompt], 4, 6), attention_layers=2)
     policy = model_utils.Policy(model)
     mask, ids = group.response_mask, group.response_ids
     with torch.no_grad():
-        start, _, hidden = policy(encoded, ids, mask)
+        start, hidden = policy(encoded, ids, mask)
         old, ref = start + 0.1 * torch.randn(start.shape, generator=torch.Generator().manual_seed(0)), start - 0.3
         masked_log_probs = policy(masked, ids, mask)[0]
         weights = appo.perception_token_weights(group.frame_attention, model_utils.HeadLogits(model, hidden, 1.0), mask,
@@ -2079,7 +2123,7 @@ def test_evaluation_decoding_equals_generate(tiny, penalty):
     config, length, without_penalty = model.config, 20, 0
     visual = [config.video_token_id, config.image_token_id, config.vision_start_token_id, config.vision_end_token_id]
     prompts = prompts_of(config)
-    encoded = [model_utils.encode_prompt(model, prompt) for prompt in prompts]
+    encoded = model_utils.encode_prompts(model, prompts)
     zeros = torch.zeros(len(prompts), 1, length, dtype=torch.float64)
     ours, free = (model_utils.rollout(model, encoded, zeros, attention_layers=0, choose=evaluate.evaluation_decoding(
         encoded, config.text_config.vocab_size, p)) for p in (penalty, 1.0))
