@@ -6,6 +6,7 @@
     python evaluate.py curves runs/* --output curves.png             accuracy, reward, entropy, ... of training runs
     python evaluate.py focus --model M --data test.json              Tab. A: frames of right and of wrong responses
     python evaluate.py decouple --perception M --reasoning T         T answers from M's description alone
+    python evaluate.py study                                         the algorithms on the built-in task, over seeds
     python evaluate.py throughput --against_plain                    Tab. F, and the usual way beside it
 
 score, attention, focus and decouple take appo.py's options by the same names (--max_frames, --seed, --k2, ...); the
@@ -14,16 +15,21 @@ built-in task is their default. Tables and figures are the supplement's; letters
 import argparse
 import copy
 import csv
+import io
 import json
 import os
 import re
 import resource
+import shutil
 import sys
 import time
 import warnings
 from collections import Counter, defaultdict
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Callable, Iterator
 
@@ -172,15 +178,12 @@ DECODING = dict(temperature=0.1, top_p=0.001, top_k=1, repetition_penalty=1.05) 
 
 def place() -> tuple[torch.device, torch.dtype]:
     """Where and in which type models run."""
-    _, _, device = model_utils.init_processes()
-    return device, torch.bfloat16 if device.type == "cuda" else torch.float32
+    device = model_utils.init_processes()[2]
+    return device, model_utils.compute_type(device)
 
 
 def load_model(name: str):
-    device, dtype = place()
-    if appo.is_tiny(name, ""):
-        torch.set_num_threads(1)  # for operations this small, threads mostly wait for each other
-    return model_utils.load_model(name, dtype, device)
+    return model_utils.load_model(name, place()[0])
 
 
 def evaluation_decoding(prompts: list, vocabulary: int, penalty: float = DECODING["repetition_penalty"]) -> Callable:
@@ -434,7 +437,6 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 def curves(options, _) -> None:
     """Runs alike in algorithm, strategy and alpha are seeds of one: their mean, and a band of a standard deviation."""
-    from matplotlib.figure import Figure
     runs = defaultdict(list)
     for folder in map(Path, options.runs):
         if len(options.runs) == 1 or (folder / "metrics.jsonl").exists():  # runs/* also holds the built-in task
@@ -442,11 +444,17 @@ def curves(options, _) -> None:
             runs[label].append(run)
     if not any(len(run["accuracy"]) for seeds in runs.values() for run in seeds):
         raise RunError("no run with a finished step; give run folders of appo.py")
+    draw_curves(runs, options.smooth, options.output)
+
+
+def draw_curves(runs: dict[str, list[dict]], window: int, output: str) -> None:
+    """runs: {label: [{metric: [steps]} of each seed]}."""
+    from matplotlib.figure import Figure
     figure = Figure(figsize=(15, 3), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(CURVES)), CURVES):
         for label, seeds in runs.items():
             steps = min(len(run[name]) for run in seeds)
-            lines = np.stack([smooth(run[name][:steps], options.smooth) for run in seeds])  # [seeds, steps]
+            lines = np.stack([smooth(run[name][:steps], window) for run in seeds])  # [seeds, steps]
             mean, spread, x = lines.mean(0), lines.std(0), np.arange(1, steps + 1)
             line, = axes.plot(x, mean, label=f"{label} ({len(seeds)} run{'s' * (len(seeds) > 1)})", linewidth=1.2)
             axes.fill_between(x, mean - spread, mean + spread, color=line.get_color(), alpha=0.2, linewidth=0)
@@ -455,7 +463,7 @@ def curves(options, _) -> None:
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-    save_figure(figure, options.output)
+    save_figure(figure, output)
 
 
 # ---------------------------------------------------------------------------------- the observations of the paper
@@ -561,6 +569,113 @@ def decouple(options, s: appo.Settings) -> None:
                         "description": description, "response": response, "accuracy": right[-1]}) + "\n")
                 table[-1].append(float(np.mean(right)) if right else "-")
     print_table(table)
+
+
+# ---------------------------------------------------------------------------------------------------------- study
+
+# What is compared: an algorithm, with options of appo.py after colons, or one of these words: again, with other random
+# numbers in the rollouts (the null: what chance does), and the controls below.
+ARMS = ("dapo,dapo:again,grpo,papo_d,appo,appo:strategy=hard,appo:strategy=all,appo:alpha=0.7,appo:shuffled,"
+        "appo:mean_one,appo:oracle")
+
+
+def shuffled(group: appo.Group, logits, s: appo.Settings, tokenizer) -> Tensor:
+    """Control: the weights of each response, on tokens drawn by lot. Is it where they stand that matters?"""
+    weights, rng = appo.weigh_tokens(group, logits, s), np.random.default_rng((s.seed, group.position))
+    for row, real in zip(weights, group.rollout.response_mask):
+        row[real] = row[real][torch.from_numpy(rng.permutation(int(real.sum()))).to(row.device)]
+    return weights
+
+
+def mean_one(group: appo.Group, logits, s: appo.Settings, tokenizer) -> Tensor:
+    """Control: the weights over their mean. Is it that they are above 1, and a step so much larger?"""
+    weights = appo.weigh_tokens(group, logits, s)
+    return weights / appo.group_mean(weights, group.rollout.response_mask, "tokens")
+
+
+def oracle(group: appo.Group, logits, s: appo.Settings, tokenizer) -> Tensor:
+    """Control: 1 + alpha on the tokens that name a colour, which is what the crucial frame is looked at for."""
+    colours = torch.tensor(tokenizer.convert_tokens_to_ids(list(data.TOY_COLOURS)), device=group.advantages.device)
+    return 1 + s.alpha * torch.isin(group.rollout.response_ids, colours).float()
+
+
+CONTROLS = {control.__name__: control for control in (shuffled, mean_one, oracle)}
+
+
+def arm_settings(folder: Path, seed: int, arm: str, rest: list[str]) -> tuple[appo.Settings, Callable]:
+    """The settings of an arm of the study, and the function that weighs its tokens."""
+    algorithm, *words = arm.split(":")
+    home, weigh, arguments = folder / f"seed-{seed}", appo.weigh_tokens, []
+    for word in words:
+        if word in CONTROLS:
+            weigh = CONTROLS[word]
+        else:
+            name, _, value = word.partition("=")
+            arguments += ["--rollout_seed", str(1000 + seed)] if word == "again" else [f"--{name}", value]
+    return appo.parse_settings(appo.Parser(appo.Settings, prog="evaluate.py", allow_abbrev=False), [
+        "--algorithm", algorithm, "--seed", str(seed), "--toy_folder", str(home), "--data", str(folder / "train.json"),
+        "--eval_data", str(folder / "test.json"), "--output", str(home / re.sub(r"[^\w.]+", "-", arm)),
+        "--save_every", "0", "--readers", "1", *rest, *arguments]), weigh
+
+
+def train_arm(folder: Path, seed: int, arm: str | None, rest: list[str]) -> None:
+    """In a process of its own: train an arm, or without one warm up the seed's model; what is there already stays."""
+    s, weigh = arm_settings(folder, seed, arm or "appo", rest)
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # one bar is enough
+        if arm is None:
+            appo.prepare_built_in(s)
+        elif not (Path(s.output) / "checkpoint").exists():
+            shutil.rmtree(s.output, ignore_errors=True)  # stopped half-way
+            if weigh is not appo.weigh_tokens:
+                weigh = partial(weigh, tokenizer=AutoTokenizer.from_pretrained(s.model))
+            appo.train(s, weigh)
+
+
+def study(options, _) -> None:
+    """The built-in task, trained from one warmed-up model a seed and on the same prompts in every arm."""
+    folder, arms = Path(options.output), options.arms.split(",")
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    settings = {(seed, arm): arm_settings(folder, seed, arm, options.rest)[0] for seed in seeds for arm in arms}
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / "study.json"
+    if config.exists() and json.loads(config.read_text())["options"] != options.rest:
+        raise RunError(f"{folder}: holds a study with other options; give another --output")
+    config.write_text(json.dumps({"options": options.rest}))
+    data.make_toy_data(folder)
+    with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
+        for name, jobs in ("warm-ups", [(seed, None) for seed in seeds]), ("arms", list(settings)):
+            futures = [pool.submit(train_arm, folder, *job, options.rest) for job in jobs]
+            for future in tqdm(as_completed(futures), total=len(futures), desc=name):
+                future.result()
+    figures, runs = {}, defaultdict(list)  # {arm: {figure: [seeds]}}
+    for arm in arms:
+        own = [Path(settings[seed, arm].output) for seed in seeds]
+        runs[arm] = [read_run(output)[1] for output in own]
+        held_out = [model_utils.read_log(output / "held_out.jsonl") for output in own]
+        figures[arm] = {"training": np.array([run["accuracy"].mean() for run in runs[arm]])} | {
+            f"{name}, {when}": np.array([log[entry][key] for log in held_out])
+            for name, key in (("accuracy", "accuracy"), ("recall", "topk")) for when, entry in (("before", 0), ("after", -1))}
+
+    def cell(values: np.ndarray, sign: str = "") -> str:
+        low, high = bootstrap_interval(values)
+        return f"{values.mean():{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
+
+    null = [arm for arm in arms if re.fullmatch("dapo(:again)?", arm)]
+    names = ("accuracy, before", "accuracy, after", "training", "recall, before", "recall, after")
+    table = [["arm", *names, *(["after - dapo", "training - dapo"] if null else [])]]
+    for arm in arms:
+        table.append([arm] + [cell(figures[arm][name]) for name in names])
+        for name in ("accuracy, after", "training") if null else ():
+            table[-1].append(cell(figures[arm][name] - np.mean([figures[one][name] for one in null], axis=0), "+"))
+    print(f"{len(seeds)} seeds from {options.first_seed}; mean (95% interval, bootstrap over seeds)")
+    if len(null) == 2:
+        print("the null, dapo:again - dapo:", *(f"{name} {cell(figures[null[1]][name] - figures[null[0]][name], '+')}"
+                                                for name in ("accuracy, after", "training")))
+    print_table(table)
+    config.write_text(json.dumps({"options": options.rest, "seeds": list(seeds), "arms": {
+        arm: {name: values.tolist() for name, values in own.items()} for arm, own in figures.items()}}, indent=1))
+    draw_curves(runs, 10, str(folder / "curves.png"))
+    print(f"every figure: {config}; curves: {folder / 'curves.png'}")
 
 
 # ----------------------------------------------------------------------------------------------------- throughput
@@ -908,6 +1023,10 @@ def command_line() -> argparse.ArgumentParser:
     add(decouple, True, perception=dict(required=True, help="video models M,M2"),
         reasoning=dict(required=True, help="text models T,T2"),
         output=dict(default="decouple.jsonl", help="every description and answer"))
+    add(study, False, arms=dict(default=ARMS, help="what to compare: ALGORITHM[:OPTION=VALUE][:again|shuffled|mean_one|oracle]"),
+        seeds=dict(type=positive, default=10, help="how many"), first_seed=dict(type=int, default=0, help="the first"),
+        processes=dict(type=positive, default=2, help="arms at a time, a core each"),
+        output=dict(default="runs/study", help="folder; arms that have finished there stay"))
     add(throughput, False, model=dict(help="model folder; default: a random model of 12 layers and 512 wide"),
         random_weights=dict(action="store_true", help="take configuration and tokenizer of --model, no weights"),
         algorithms=dict(default="appo,dapo,grpo", help="the first is compared with the usual way and swept"),
@@ -928,7 +1047,7 @@ def main(arguments: list[str] | None = None) -> None:
     options, rest = parser.parse_known_args(arguments)
     transformers.utils.logging.disable_progress_bar()  # one bar at a time
     try:
-        if rest and not options.runs_model:
+        if rest and not options.runs_model and options.function is not study:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         options.rest = rest
         options.function(options, settings_of(rest) if options.runs_model else None)

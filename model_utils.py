@@ -43,23 +43,30 @@ class RunError(RuntimeError):
 
 # ------------------------------------------------------------------------------------------------- load and save
 
-def load_model(name: str, dtype: torch.dtype, device: torch.device):
+def load_model(name: str, device: torch.device):
     """(model, tokenizer) of a Qwen2.5-VL folder or hub name; a model of another type or with holes is a RunError."""
     if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise RunError(f"{name}: no such folder; give a folder with config.json, tokenizer and weights, or a hub name")
     try:
-        kind = AutoConfig.from_pretrained(name).model_type
-        if kind != "qwen2_5_vl":
-            raise OSError(f"it is of type {kind}, and APPO reads the attention of Qwen2.5-VL")
+        config = AutoConfig.from_pretrained(name)
+        if config.model_type != "qwen2_5_vl":
+            raise OSError(f"it is of type {config.model_type}, and APPO reads the attention of Qwen2.5-VL")
         tokenizer = AutoTokenizer.from_pretrained(name)
         model, loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            name, dtype=dtype, attn_implementation="grouped_decoding", output_loading_info=True)
+            name, dtype=compute_type(device), attn_implementation="grouped_decoding", output_loading_info=True)
     except (OSError, ValueError, SafetensorError) as error:  # what transformers raises for absent or broken files
         raise RunError(f"{name}: no usable model ({str(error).splitlines()[0]}); give a hub name or a folder with the "
                          "configuration, tokenizer and weights of a model of type qwen2_5_vl") from error
     if holes := sorted(loaded["missing_keys"]):
         raise RunError(f"{name}: the weights lack {len(holes)} tensors, the first {holes[0]}; get the whole checkpoint")
+    if getattr(config, "appo_built_in", False):
+        torch.set_num_threads(1)  # for operations this small, threads mostly wait for each other
     return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def compute_type(device: torch.device) -> torch.dtype:
+    """In which type models compute; the policy's own weights are fp32 everywhere."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def save_checkpoint(folder: Path, model, tokenizer, source: str | None, policy=None, optimizer=None, state=None) -> None:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -967,7 +968,6 @@ def test_masked_cells(tmp_path):
 
 # ------------------------------------------------------------------ the reader, with real processes
 def make_faults(folder):
-    from PIL import Image
     clip(folder, name="good.avi")
     whole = (folder / "good.avi").read_bytes()
     (folder / "empty.avi").write_bytes(b"")
@@ -1386,7 +1386,7 @@ def tiny():
 def make_prompt(config, grids, text_length, seed, image_grids=()):
     """A prompt of random words around videos of the given grids (t, h, w), then images."""
     rng = torch.Generator().manual_seed(seed)
-    ids, steps, first = [1, 9, 3], [-1] * 3, 0
+    ids, steps = [1, 9, 3], [-1] * 3
     for token, group in ((config.video_token_id, grids), (config.image_token_id, image_grids)):
         for t, h, w in group:
             n = h * w // 4
@@ -1648,20 +1648,20 @@ def test_a_model_that_cannot_be_used_gets_one_line(tiny, tmp_path):
     model, _, tokenizer = tiny
     cpu = torch.device("cpu")
     with pytest.raises(model_utils.RunError, match="no such folder"):
-        model_utils.load_model(str(tmp_path / "nothing"), torch.float32, cpu)
+        model_utils.load_model(str(tmp_path / "nothing"), cpu)
     model_utils.save_checkpoint(tmp_path / "model", model, tokenizer, None)
     (tmp_path / "gpt2").mkdir()
     (tmp_path / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(model_utils.RunError, match="type gpt2"):
-        model_utils.load_model(str(tmp_path / "gpt2"), torch.float32, cpu)
+        model_utils.load_model(str(tmp_path / "gpt2"), cpu)
     weights = load_file(tmp_path / "model" / "model.safetensors")
     del weights["model.norm.weight"]
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(model_utils.RunError, match="lack 1 tensors"):
-        model_utils.load_model(str(tmp_path / "model"), torch.float32, cpu)
+        model_utils.load_model(str(tmp_path / "model"), cpu)
     (tmp_path / "model" / "model.safetensors").write_bytes(b"half")
     with pytest.raises(model_utils.RunError) as caught:
-        model_utils.load_model(str(tmp_path / "model"), torch.float32, cpu)
+        model_utils.load_model(str(tmp_path / "model"), cpu)
     assert "\n" not in str(caught.value)
 
 
@@ -1766,6 +1766,28 @@ def test_alpha_zero_is_dapo(toy, tmp_path):
     assert weighted[0]["token_weight_max"] > 1.5 and weighted[0]["crucial_frames"] > 0
     # the first rollout is the same: reading attention changes no sample
     assert weighted[0]["reward"] == dapo_run[0]["reward"] and weighted[0]["entropy"] == dapo_run[0]["entropy"]
+
+
+def test_what_is_not_computed_has_no_gradient(toy, tmp_path, monkeypatch):
+    """Groups whose responses are all right or all wrong: left out of the passes, the same weights come out, bit for bit."""
+    less = train(toy, tmp_path / "less", updates_per_batch=2, prompts_per_step=8)
+    assert 0 < less[0]["zero_variance_groups"] < 1
+    monkeypatch.setattr(appo, "learns", lambda group, s: True)
+    all_of_them = train(toy, tmp_path / "all", updates_per_batch=2, prompts_per_step=8)
+    same_weights(tmp_path / "less", tmp_path / "all")
+    same(less, all_of_them, ignore=["approx_kl", "rollout_logprob_gap", "token_weight_mean", "token_weight_max"])
+
+
+def test_a_batch_without_a_gradient_keeps_the_momentum(toy, tmp_path, monkeypatch):
+    """The optimizer steps with a gradient of 0, as if the groups had been computed."""
+    reward = iter([1.0, 0.0] * 32 + [1.0] * 1000)  # right and wrong in the first step alone
+    monkeypatch.setattr(data, "task_reward", lambda text, sample: (next(reward), 1.0, 1.0))
+    one = train(toy, tmp_path / "less", eval_data=None)
+    assert [line["zero_variance_groups"] for line in one] == [0, 1, 1] and one[1]["grad_norm"] == 0 == one[1]["loss"]
+    reward = iter([1.0, 0.0] * 32 + [1.0] * 1000)
+    monkeypatch.setattr(appo, "learns", lambda group, s: True)
+    train(toy, tmp_path / "all")
+    same_weights(tmp_path / "less", tmp_path / "all")
 
 
 @pytest.mark.parametrize("algorithm", list(appo.PRESETS))
@@ -2425,6 +2447,58 @@ def test_decouple_command(bench, tmp_path, capsys):
 def test_the_describer_does_not_know_the_question():
     asked = data.Sample("x", evaluate.DESCRIBE, [], "A", "description")
     assert data.prompt_text(asked, None) == evaluate.DESCRIBE
+
+
+def test_controls_by_hand(tiny):
+    """What the study's controls do to APPO's weights."""
+    tokenizer, mask = tiny[2], torch.tensor([[True, True, True], [True, True, False]])
+    red, blue, other = tokenizer.convert_tokens_to_ids(["red", "blue", "the"])
+    ids = torch.tensor([[other, red, other], [blue, other, 0]])
+    attention = torch.tensor([[[0.9], [0.5], [0.1]], [[0.2], [0.8], [0.0]]])
+    group = SimpleNamespace(rollout=SimpleNamespace(response_ids=ids, response_mask=mask, frame_attention=attention),
+                            crucial=torch.tensor([True]), advantages=torch.zeros(2), position=3)
+    logits, s = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0)), appo.Settings(k3=3)
+    weights = appo.weigh_tokens(group, logits, s)
+    controls = {name: control(group, logits, s, tokenizer) for name, control in evaluate.CONTROLS.items()}
+    assert controls["oracle"][mask].tolist() == pytest.approx([1, 2.7, 1, 2.7, 1])
+    assert controls["mean_one"][mask].mean().item() == pytest.approx(1)
+    torch.testing.assert_close(controls["mean_one"] * weights[mask].mean(), weights)
+    for row, before, real in zip(controls["shuffled"], weights, mask):
+        assert sorted(row[real].tolist()) == sorted(before[real].tolist()) and (row[~real] == 1).all()
+    assert len({tuple(evaluate.shuffled(SimpleNamespace(**vars(group) | {"position": n}), logits, s, None)[0].tolist())
+                for n in range(9)}) > 1
+
+
+def test_study_command(toy, tmp_path, capsys, monkeypatch):
+    """Arms share model and prompts, DAPO again draws other responses, what has finished stays, the table is the logs'."""
+    folder = tmp_path / "study"
+    for seed in 0, 1:
+        (folder / f"seed-{seed}").mkdir(parents=True)
+        (folder / f"seed-{seed}" / "model").symlink_to(toy / "model")
+    (folder / "videos").symlink_to(toy / "videos")
+    monkeypatch.setattr(data, "make_toy_data", partial(data.make_toy_data, videos=(24, 6)))
+    arms = "dapo,dapo:again,appo:k1=2,appo:shuffled"
+    common = ["study", "--arms", arms, "--output", folder, "--steps", 2, "--prompts_per_step", 4]
+    assert "--k9" in refused(capsys, "study", "--arms", "appo:k9=2", "--output", folder)
+    text = measure(capsys, *common, "--seeds", 1)
+    assert "the null, dapo:again - dapo" in text and (folder / "curves.png").stat().st_size > 10_000
+    home = folder / "seed-0"
+    logs = {name: metrics_of(home / name) for name in ("dapo", "dapo-again", "appo-k1-2", "appo-shuffled")}
+    assert logs["dapo"][0]["accuracy"] == logs["appo-k1-2"][0]["accuracy"]  # the same prompts and random numbers
+    assert logs["dapo"][0]["entropy"] == logs["appo-shuffled"][0]["entropy"] != logs["dapo-again"][0]["entropy"]
+    assert logs["appo-k1-2"][0]["token_weight_mean"] > 1
+    held_out = [model_utils.read_log(home / name / "held_out.jsonl") for name in logs]
+    assert len({log[0]["accuracy"] for log in held_out}) == 1  # the same start
+    figures = json.loads((folder / "study.json").read_text())["arms"]
+    assert figures["dapo:again"]["accuracy, after"] == [held_out[1][-1]["accuracy"]]
+    assert figures["appo:k1=2"]["training"] == [pytest.approx(sum(line["accuracy"] for line in logs["appo-k1-2"]) / 2)]
+    times = {path: path.stat().st_mtime_ns for path in home.glob("*/metrics.jsonl")}
+    shutil.rmtree(home / "dapo" / "checkpoint")  # as if stopped half-way
+    measure(capsys, *common, "--seeds", 2)
+    assert [path.parent.name for path, before in times.items() if path.stat().st_mtime_ns != before] == ["dapo"]
+    same(logs["dapo"], metrics_of(home / "dapo"))
+    assert len(json.loads((folder / "study.json").read_text())["arms"]["dapo"]["training"]) == 2
+    assert "other options" in refused(capsys, *common, "--group_size", 4)
 
 
 def test_throughput_command(bench, tmp_path, capsys):
