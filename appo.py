@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from concurrent.futures import wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Callable, Iterator, Literal, Optional
@@ -474,9 +475,12 @@ def training_step(run: Run, draws: Iterator[dict], step: int) -> tuple[dict, lis
     run.seconds.clear()
     started = run.last = time.perf_counter()
     for _ in range(1 + s.max_resamples * s.dynamic_sampling):
-        prompts, left_out = data.build_prompts(next(draws), run.tokenizer, s.max_prompt_tokens)
-        run.position += s.prompts_per_step
+        batch = next(draws)
+        wait([visual for _, visual in batch.values()])
         run.lap("wait")
+        prompts, left_out = data.build_prompts(batch, run.tokenizer, s.max_prompt_tokens)
+        run.position += s.prompts_per_step
+        run.lap("prompts")
         groups |= {group.position: group for group in roll_out(run, prompts) if not s.dynamic_sampling
                    or (group.scores["accuracy"] != group.scores["accuracy"][0]).any()}
         gathered = run.gather(({p: learns(group, s) for p, group in groups.items()}, left_out, run.stop))
@@ -658,9 +662,10 @@ def describe(group: Group, tokenizer, step: int) -> dict:
                           for i, text in enumerate(group.texts)]}
 
 
-def prepare_built_in(s: Settings) -> None:
-    """Make what is missing of the built-in task: videos with annotations, and the tiny model, warmed up."""
-    folder = Path(s.toy_folder)
+def prepare_built_in(s: Settings, chatter: int = 0) -> None:
+    """Make what is missing of the built-in task: videos with annotations, and the tiny model, warmed up to answer (after
+    `chatter` random words, a variant for studies)."""
+    folder, tiny = Path(s.toy_folder), Settings(**TINY | {"max_new_tokens": TINY["max_new_tokens"] + chatter})
     if s.data == str(folder / "train.json"):
         data.make_toy_data(folder)
     if s.model != str(folder / "model") or (folder / "model" / "config.json").exists():
@@ -675,14 +680,14 @@ def prepare_built_in(s: Settings) -> None:
             """Half of the answers right, and the model looks: else reinforcement learning has little to start from."""
             if not encoded:  # the vision tower does not change any more
                 encoded.extend(model_utils.encode_prompts(model, list(test.values())))
-            scores = score_prompts(model, tokenizer, test, encoded, Settings(**TINY))
+            scores = score_prompts(model, tokenizer, test, encoded, tiny)
             accuracy, top1 = (np.mean([score[name] for score in scores]) for name in ("accuracy", "top1"))
             if accuracy > 0.75:  # by now a model that looks had stopped
                 raise RunError("the built-in model learned to answer without looking at the frames; try another --seed")
             return accuracy >= 0.5 and top1 >= 0.3
 
         try:
-            model_utils.warm_up(model, data.toy_lessons(tokenizer, 1024, s.seed), good_enough)
+            model_utils.warm_up(model, data.toy_lessons(tokenizer, 1024, s.seed, chatter), good_enough)
             break
         except RunError:
             if attempt == 4:

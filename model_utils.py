@@ -311,15 +311,24 @@ class GroupedCache:
 
         query = query.reshape(rows, kv_heads, share, dim)
         scores = torch.cat([
-            by_row((by_group(query) @ prompt_keys.mT).masked_fill(self.prompt_padding, -torch.inf)),
-            (query @ keys.mT).masked_fill(ahead, -torch.inf)], dim=-1)  # [B, kv_heads, share, P + width]
-        weights = (scores.float() * scaling).softmax(-1)
+            by_row(dot(by_group(query), prompt_keys).masked_fill(self.prompt_padding, -torch.inf)),
+            dot(query, keys).masked_fill(ahead, -torch.inf)], dim=-1)  # [B, kv_heads, share, P + width]
+        weights = (scores * scaling).softmax(-1)
         to_prompt, to_response = weights.split([prompt_length, self.width], dim=-1)
         if layer >= self.first_read_layer:
             read = to_prompt.mean((1, 2)).view(n, self.group_size, prompt_length)  # mean over heads
             self.frame_attention.index_add_(2, self.step, (read @ self.pooling)[:, :, None], alpha=1 / self.attention_layers)
         output = by_row(by_group(to_prompt.to(value.dtype)) @ prompt_values) + to_response.to(value.dtype) @ values
         return output.reshape(rows, 1, heads, dim)
+
+
+def dot(query: Tensor, keys: Tensor) -> Tensor:
+    """query [X, Y, Q, D] and keys [X, Y, K, D] -> fp32 [X, Y, Q, K]. In bf16 the scores of Qwen, often in the thousands,
+    would lose what the softmax depends on; this is what the fused attention of prefill and policy does inside, too."""
+    if keys.dtype == torch.float32:
+        return query @ keys.mT
+    scores = torch.bmm(query.flatten(0, 1), keys.flatten(0, 1).mT, out_dtype=torch.float32)  # on a GPU alone
+    return scores.unflatten(0, keys.shape[:2])
 
 
 def grouped_decoding(module, query, key, value, attention_mask, scaling, cache: GroupedCache | None = None, **kwargs):
@@ -354,7 +363,8 @@ def rollout(model, prompts: list[EncodedPrompt], uniforms: Tensor, *, temperatur
     Args: uniforms float64 [N, G, max_new_tokens] in [0, 1), the only source of randomness: token t is the one at which
         the cumulative distribution passes uniforms[..., t]; attention_layers, how many last layers are read;
         choose(logits [B, V], ids [B, max_new_tokens]) -> ids [B] replaces the sampling (evaluation); the places of `ids`
-        that are still to come repeat the last prompt token; cuda_graph, record decoding steps on a GPU.
+        that are still to come repeat the last prompt token; cuda_graph, record decoding steps on a GPU: `choose` then
+        runs in Python now and then alone, and may be nothing but operations on the device.
     """
     n, group_size, max_new_tokens = uniforms.shape
     uniforms = uniforms.to(model.device).view(n * group_size, max_new_tokens)
@@ -398,7 +408,7 @@ def rollout(model, prompts: list[EncodedPrompt], uniforms: Tensor, *, temperatur
         elif t % BLOCK == 1 and cuda_graph and model.device.type == "cuda":
             # launching a step's kernels one by one takes longer than they run; the step before this one warmed up
             step = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(step):
+            with torch.cuda.graph(step, capture_error_mode="thread_local"):
                 decode_step()
             step = step.replay
         step()

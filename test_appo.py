@@ -1541,6 +1541,18 @@ def test_a_decoding_step_can_be_recorded(tiny, evaluating):
     assert three["aten::_local_scalar_dense"] == 3
 
 
+def test_decoding_in_bf16_away_from_the_cpu(tiny):
+    """On the meta device, which computes shapes and types alone, the GPU's branches run without a value read back in any
+    step and without a tensor that was left on the CPU; only the lengths at the end are asked for."""
+    model, prompts = copy.deepcopy(tiny[0]), prompts_of(tiny[0].config)[:2]
+    encoded = model_utils.encode_prompts(model, prompts)
+    model.to("meta", torch.bfloat16)
+    encoded = [dataclasses.replace(e, **{name: x.to("meta") for name, x in vars(e).items() if torch.is_tensor(x)}) for e in encoded]
+    with pytest.raises(RuntimeError, match="meta") as caught:
+        model_utils.rollout(model, encoded, torch.zeros(2, 2, 6, dtype=torch.float64), attention_layers=2)
+    assert any("length = int(own.max())" in str(entry.statement) for entry in caught.traceback)
+
+
 def test_rows_stop_at_their_own_end_token(tiny):
     """The end token stays in the mask; what a row decodes after it does not."""
     model, prompts = tiny[0], prompts_of(tiny[0].config)[:2]
@@ -1780,11 +1792,11 @@ def test_what_is_not_computed_has_no_gradient(toy, tmp_path, monkeypatch):
 
 def test_a_batch_without_a_gradient_keeps_the_momentum(toy, tmp_path, monkeypatch):
     """The optimizer steps with a gradient of 0, as if the groups had been computed."""
-    reward = iter([1.0, 0.0] * 32 + [1.0] * 1000)  # right and wrong in the first step alone
+    reward = iter([1.0, 0.0] * 8 + [1.0] * 1000)  # right and wrong in the first step alone
     monkeypatch.setattr(data, "task_reward", lambda text, sample: (next(reward), 1.0, 1.0))
-    one = train(toy, tmp_path / "less", eval_data=None)
+    one = train(toy, tmp_path / "less")
     assert [line["zero_variance_groups"] for line in one] == [0, 1, 1] and one[1]["grad_norm"] == 0 == one[1]["loss"]
-    reward = iter([1.0, 0.0] * 32 + [1.0] * 1000)
+    reward = iter([1.0, 0.0] * 8 + [1.0] * 1000)
     monkeypatch.setattr(appo, "learns", lambda group, s: True)
     train(toy, tmp_path / "all")
     same_weights(tmp_path / "less", tmp_path / "all")
