@@ -103,6 +103,9 @@ class Settings:
     rollout_seed: Optional[int] = HfArg(default=None, help="of the sampling in training alone; default --seed. Two runs "
                                         "that differ in it show what chance does")
 
+    def __post_init__(self):
+        self.rollout_seed = self.seed if self.rollout_seed is None else self.rollout_seed
+
     @property
     def masked_video(self) -> bool:
         """Does the loss compare with a masked video (PAPO)?"""
@@ -662,10 +665,9 @@ def describe(group: Group, tokenizer, step: int) -> dict:
                           for i, text in enumerate(group.texts)]}
 
 
-def prepare_built_in(s: Settings, chatter: int = 0) -> None:
-    """Make what is missing of the built-in task: videos with annotations, and the tiny model, warmed up to answer (after
-    `chatter` random words, a variant for studies)."""
-    folder, tiny = Path(s.toy_folder), Settings(**TINY | {"max_new_tokens": TINY["max_new_tokens"] + chatter})
+def prepare_built_in(s: Settings) -> None:
+    """Make what is missing of the built-in task: videos with annotations, and the tiny model, warmed up."""
+    folder = Path(s.toy_folder)
     if s.data == str(folder / "train.json"):
         data.make_toy_data(folder)
     if s.model != str(folder / "model") or (folder / "model" / "config.json").exists():
@@ -680,14 +682,14 @@ def prepare_built_in(s: Settings, chatter: int = 0) -> None:
             """Half of the answers right, and the model looks: else reinforcement learning has little to start from."""
             if not encoded:  # the vision tower does not change any more
                 encoded.extend(model_utils.encode_prompts(model, list(test.values())))
-            scores = score_prompts(model, tokenizer, test, encoded, tiny)
+            scores = score_prompts(model, tokenizer, test, encoded, Settings(**TINY))
             accuracy, top1 = (np.mean([score[name] for score in scores]) for name in ("accuracy", "top1"))
             if accuracy > 0.75:  # by now a model that looks had stopped
                 raise RunError("the built-in model learned to answer without looking at the frames; try another --seed")
             return accuracy >= 0.5 and top1 >= 0.3
 
         try:
-            model_utils.warm_up(model, data.toy_lessons(tokenizer, 1024, s.seed, chatter), good_enough)
+            model_utils.warm_up(model, data.toy_lessons(tokenizer, 1024, s.seed), good_enough)
             break
         except RunError:
             if attempt == 4:
@@ -717,7 +719,6 @@ def parse_settings(parser: Parser, arguments: list[str] | None = None) -> Settin
     if s.data is None:
         s.data, s.eval_data = str(Path(s.toy_folder) / "train.json"), s.eval_data or str(Path(s.toy_folder) / "test.json")
     s.output = s.output or f"runs/{s.algorithm}"
-    s.rollout_seed = s.seed if s.rollout_seed is None else s.rollout_seed
     may_be_zero = {"threshold", "alpha", "clip_low", "clip_high", "kl_coef", "gamma", "eta", "minibatch_prompts", "steps",
                    "max_resamples", "overlong_buffer", "warmup_steps", "save_every", "eval_every", "seed", "rollout_seed"}
     for name, value in asdict(s).items():

@@ -730,7 +730,6 @@ _PAINT = {"red": (220, 50, 50), "green": (50, 190, 70), "blue": (60, 90, 230), "
 TOY_SHAPES, TOY_COLOURS = tuple(_DRAW), tuple(_PAINT)
 TOY_TOKEN = r"</?[a-z]+>|\w+|[^\w\s]"  # what counts as one word for the built-in task's tokenizer
 _TOY_LEADS = ("the", "i see a", "there is a", "look at the video : a")
-_TOY_CHATTER = "what is the in and final thinking process reasoning here see there look at video tags".split()
 
 
 def _toy_plan(rng: np.random.Generator) -> tuple[list[str], list[str], list[int]]:
@@ -762,12 +761,10 @@ def _toy_sample(shape: str, colour: str, step: Optional[int] = None) -> Sample:
                   "choice", crucial_step=step)
 
 
-def toy_response(shape: str, colour: str, rng: np.random.Generator, chatter: int = 0) -> str:
-    """A right answer in one of four wordings; the shape stands directly before the colour. `chatter` words drawn by lot
-    go before it: tokens that see nothing, and that a policy gradient cannot tell from those that do."""
-    answer, lead = _toy_sample(shape, colour).answer, _TOY_LEADS[rng.integers(4)]
-    words = " ".join([*rng.choice(_TOY_CHATTER, chatter), lead, shape, colour])
-    return f"<think> {words} </think> <answer> {answer} </answer>"
+def toy_response(shape: str, colour: str, rng: np.random.Generator) -> str:
+    """A right answer in one of four wordings; the shape stands directly before the colour."""
+    answer = _toy_sample(shape, colour).answer
+    return f"<think> {_TOY_LEADS[rng.integers(4)]} {shape} {colour} </think> <answer> {answer} </answer>"
 
 
 def toy_vocabulary() -> list[str]:
@@ -846,7 +843,7 @@ def toy_prompt(rng: np.random.Generator, tokenizer, step: int = 0) -> tuple[Prom
     return build_prompt(sample, visual, tokenizer), shapes, colours, cells
 
 
-def toy_lessons(tokenizer, count: int, seed: int, chatter: int = 0) -> list[Lesson]:
+def toy_lessons(tokenizer, count: int, seed: int) -> list[Lesson]:
     """Lessons about `count` videos that are in neither train.json nor test.json."""
     ends, lessons = {}, []
     for step in range(8):  # after the video, all prompts about a shape are alike
@@ -860,14 +857,12 @@ def toy_lessons(tokenizer, count: int, seed: int, chatter: int = 0) -> list[Less
         words = torch.full((8, 4, 2), tokenizer.pad_token_id)
         pairs = [tokenizer.convert_tokens_to_ids([shape, colour]) for shape, colour in zip(shapes, colours)]
         words[range(8), cells] = torch.tensor(pairs)
-        rows = [ends[shape] + tokenizer(toy_response(shape, colour, rng, chatter)).input_ids + [tokenizer.eos_token_id]
+        rows = [ends[shape] + tokenizer(toy_response(shape, colour, rng)).input_ids + [tokenizer.eos_token_id]
                 for shape, colour in zip(shapes, colours)]
         ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)  # [8, R]
         place = torch.arange(ids.shape[1])
         real = place < torch.tensor([[len(row)] for row in rows])
         target = real & (place >= torch.tensor([[len(ends[shape])] for shape in shapes]))
-        for row, shape in zip(target[1:], shapes[1:]):  # chatter is learned from one response: else it drowns the rest
-            row[len(ends[shape]) + 1:][:chatter] = False
         lessons.append(Lesson(prompt, words.flatten(0, 1), ids, real, target))
     return lessons
 

@@ -602,10 +602,7 @@ def oracle(group: appo.Group, logits, s: appo.Settings, tokenizer) -> Tensor:
 CONTROLS = {control.__name__: control for control in (shuffled, mean_one, oracle)}
 
 
-TASKS = {"built-in": 0, "chatter": 24}  # words drawn by lot that stand before each answer
-
-
-def arm_settings(folder: Path, seed: int, arm: str, task: str, rest: list[str]) -> tuple[appo.Settings, Callable]:
+def arm_settings(folder: Path, seed: int, arm: str, rest: list[str]) -> tuple[appo.Settings, Callable]:
     """The settings of an arm of the study, and the function that weighs its tokens."""
     algorithm, *words = arm.split(":")
     home, weigh, arguments = folder / f"seed-{seed}", appo.weigh_tokens, []
@@ -618,16 +615,15 @@ def arm_settings(folder: Path, seed: int, arm: str, task: str, rest: list[str]) 
     return appo.parse_settings(appo.Parser(appo.Settings, prog="evaluate.py", allow_abbrev=False), [
         "--algorithm", algorithm, "--seed", str(seed), "--toy_folder", str(home), "--data", str(folder / "train.json"),
         "--eval_data", str(folder / "test.json"), "--output", str(home / re.sub(r"[^\w.]+", "-", arm)),
-        "--save_every", "0", "--readers", "1",
-        "--max_new_tokens", str(appo.TINY["max_new_tokens"] + TASKS[task]), *rest, *arguments]), weigh
+        "--save_every", "0", "--readers", "1", *rest, *arguments]), weigh
 
 
-def train_arm(folder: Path, seed: int, arm: str | None, task: str, rest: list[str]) -> None:
+def train_arm(folder: Path, seed: int, arm: str | None, rest: list[str]) -> None:
     """In a process of its own: train an arm, or without one warm up the seed's model; what is there already stays."""
-    s, weigh = arm_settings(folder, seed, arm or "appo", task, rest)
+    s, weigh = arm_settings(folder, seed, arm or "appo", rest)
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # one bar is enough
         if arm is None:
-            appo.prepare_built_in(s, TASKS[task])
+            appo.prepare_built_in(s)
         elif not (Path(s.output) / "checkpoint").exists():
             shutil.rmtree(s.output, ignore_errors=True)  # stopped half-way
             if weigh is not appo.weigh_tokens:
@@ -635,22 +631,32 @@ def train_arm(folder: Path, seed: int, arm: str | None, task: str, rest: list[st
             appo.train(s, weigh)
 
 
+def mean_weights(output: Path) -> dict[str, float]:
+    """Mean weight of all tokens, of the words that name a colour, and of the responses' first tokens, in samples.jsonl."""
+    found = {"all tokens": [], "colour words": [], "first tokens": []}
+    for group in model_utils.read_log(output / "samples.jsonl"):
+        for response in group["responses"]:
+            weights = response["weights"] or [1.0] * len(response["tokens"])
+            found["all tokens"] += weights
+            found["colour words"] += [w for token, w in zip(response["tokens"], weights) if token in data.TOY_COLOURS]
+            found["first tokens"] += weights[:1]
+    return {name: float(np.mean(weights)) for name, weights in found.items()}
+
+
 def study(options, _) -> None:
     """The built-in task, trained from one warmed-up model a seed and on the same prompts in every arm."""
     folder, arms = Path(options.output), options.arms.split(",")
     seeds = range(options.first_seed, options.first_seed + options.seeds)
-    settings = {(seed, arm): arm_settings(folder, seed, arm, options.task, options.rest)[0]
-                for seed in seeds for arm in arms}
+    settings = {(seed, arm): arm_settings(folder, seed, arm, options.rest)[0] for seed in seeds for arm in arms}
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "study.json"
-    common = {"task": options.task, "options": options.rest}
-    if config.exists() and not common.items() <= json.loads(config.read_text()).items():
+    if config.exists() and json.loads(config.read_text())["options"] != options.rest:
         raise RunError(f"{folder}: holds a study with other options; give another --output")
-    config.write_text(json.dumps(common))
+    config.write_text(json.dumps({"options": options.rest}))
     data.make_toy_data(folder)
     with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
         for name, jobs in ("warm-ups", [(seed, None) for seed in seeds]), ("arms", list(settings)):
-            futures = [pool.submit(train_arm, folder, *job, options.task, options.rest) for job in jobs]
+            futures = [pool.submit(train_arm, folder, *job, options.rest) for job in jobs]
             for future in tqdm(as_completed(futures), total=len(futures), desc=name):
                 future.result()
     figures, runs = {}, defaultdict(list)  # {arm: {figure: [seeds]}}
@@ -661,6 +667,8 @@ def study(options, _) -> None:
         figures[arm] = {"training": np.array([run["accuracy"].mean() for run in runs[arm]])} | {
             f"{name}, {when}": np.array([log[entry][key] for log in held_out])
             for name, key in (("accuracy", "accuracy"), ("recall", "topk")) for when, entry in (("before", 0), ("after", -1))}
+        weights = [mean_weights(output) for output in own]
+        figures[arm] |= {f"weight, {name}": np.array([one[name] for one in weights]) for name in weights[0]}
 
     def cell(values: np.ndarray, sign: str = "") -> str:
         low, high = bootstrap_interval(values)
@@ -678,7 +686,10 @@ def study(options, _) -> None:
         print("the null, dapo:again - dapo:", *(f"{name} {cell(figures[null[1]][name] - figures[null[0]][name], '+')}"
                                                 for name in ("accuracy, after", "training")))
     print_table(table)
-    config.write_text(json.dumps(common | {"seeds": list(seeds), "arms": {
+    weighing = [name for name in figures[arms[0]] if name.startswith("weight")]
+    print_table([["arm", *weighing]] + [[arm] + [cell(own[name]) for name in weighing] for arm, own in figures.items()
+                                        if own[weighing[0]].max() > 1])
+    config.write_text(json.dumps({"options": options.rest, "seeds": list(seeds), "arms": {
         arm: {name: values.tolist() for name, values in own.items()} for arm, own in figures.items()}}, indent=1))
     draw_curves(runs, 10, str(folder / "curves.png"))
     print(f"every figure: {config}; curves: {folder / 'curves.png'}")
@@ -1030,7 +1041,6 @@ def command_line() -> argparse.ArgumentParser:
         reasoning=dict(required=True, help="text models T,T2"),
         output=dict(default="decouple.jsonl", help="every description and answer"))
     add(study, False, arms=dict(default=ARMS, help="what to compare: ALGORITHM[:OPTION=VALUE][:again|shuffled|mean_one|oracle]"),
-        task=dict(choices=list(TASKS), default="built-in", help="chatter: 24 random words stand before each answer"),
         seeds=dict(type=positive, default=10, help="how many"), first_seed=dict(type=int, default=0, help="the first"),
         processes=dict(type=positive, default=2, help="arms at a time, a core each"),
         output=dict(default="runs/study", help="folder; arms that have finished there stay"))
