@@ -64,7 +64,7 @@ class Sample:
     bounds: Optional[tuple[float, float]] = None  # the part of the video that is asked about
 
 
-class _Record:
+class Record:
     """The fields of one annotation record, each checked when it is taken."""
 
     def __init__(self, where: str, fields: dict):
@@ -102,7 +102,7 @@ class _Record:
 
     def label(self, name: str) -> str:
         text = self.text(name)
-        return (_element(text, "answer") or "") if "<answer>" in text else text
+        return (element_text(text, "answer") or "") if "<answer>" in text else text
 
     def answer(self, name: str, options: list[str]) -> str:
         text, choice = self.text(name), match_choice(self.label(name), options)
@@ -111,13 +111,13 @@ class _Record:
 
 
 # The readers of the formats: a Sample's fields from a record; None if no rule can score a response to it.
-def _read_video_r1(record: _Record, seed: list[int]) -> Optional[dict]:
+def _read_video_r1(record: Record, seed: list[int]) -> Optional[dict]:
     problem_type, step = record.text("problem_type"), record.fields.get("crucial_step")
     if problem_type in ("OCR", "free-form"):
         return None
     if problem_type in ("numerical", "regression"):
         kind, options, answer = "number", [], record.label("solution")
-        if _number(answer) is None or re.search(r"\s\d", answer):  # "1/2", "1 1/2", "3 x 10^5"
+        if parse_number(answer) is None or re.search(r"\s\d", answer):  # "1/2", "1 1/2", "3 x 10^5"
             return None
     else:
         record.check(problem_type == "multiple choice", "problem_type", f"{problem_type[:60]!r} is unknown; use "
@@ -132,7 +132,7 @@ def _read_video_r1(record: _Record, seed: list[int]) -> Optional[dict]:
             "duration": record.number("duration"), "crucial_step": step, medium: record.text("path")}
 
 
-def _read_next_gqa(record: _Record, seed: list[int]) -> dict:
+def _read_next_gqa(record: Record, seed: list[int]) -> dict:
     options, answer = record.options(record.texts("options")), record.fields.get("answer")
     if re.fullmatch("[0-9]{1,2}", str(answer)):
         record.check(int(answer) < len(options), "answer", f"not among the {len(options)} options; count from 0")
@@ -150,7 +150,7 @@ def _read_next_gqa(record: _Record, seed: list[int]) -> dict:
                 duration=duration, group=str(record.fields.get("qtype", "")), video=record.text("video_path"))
 
 
-def _read_seed_bench_r1(record: _Record, seed: list[int]) -> dict:
+def _read_seed_bench_r1(record: Record, seed: list[int]) -> dict:
     if record.fields.get("golden_choice_idx") is not None:
         options = record.options([record.text(f"choice_{c}") for c in "abcd"], "choice_a")
         answer = record.answer("golden_choice_idx", options)
@@ -174,7 +174,7 @@ _READERS = {"problem": _read_video_r1, "time_clues": _read_next_gqa,
             "current_observation_basename": _read_seed_bench_r1}
 
 
-def _records(path: Path) -> list[dict]:
+def json_records(path: Path) -> list[dict]:
     records = []
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -196,7 +196,7 @@ def _records(path: Path) -> list[dict]:
     return records
 
 
-class _Finder:
+class Finder:
     """Looks paths up, on their text alone: data sets may contain symbolic links."""
 
     def __init__(self, root: Optional[str], folder: Path):
@@ -236,9 +236,9 @@ def load_samples(path, video_root=None, *, seed: int = 0) -> list[Sample]:
     samples, left_out = [], Counter()
     for file_number, path in enumerate(paths):
         name = path.name if sum(p.name == path.name for p in paths) == 1 else str(path)  # ids stay unique
-        finder = _Finder(video_root, path.parent)
-        for number, fields in enumerate(_records(path)):
-            record = _Record(f"{name}, record {number}", fields)
+        finder = Finder(video_root, path.parent)
+        for number, fields in enumerate(json_records(path)):
+            record = Record(f"{name}, record {number}", fields)
             reader = next((reader for mark, reader in _READERS.items() if mark in fields), None)
             if reader is None:
                 raise DataError(f"{record.where}: fields {sorted(fields)[:8]!r} are of no known format; Video-R1 has "
@@ -321,8 +321,8 @@ def sample_frames(path: str, fps: float, max_frames: int, bounds=None,
 # ------------------------------------------------------------------------------------------------------------- patches
 
 PATCH, MERGE = 14, 2  # pixels of a patch's side; patches of a merged token's side
-_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
-_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+PIXEL_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+PIXEL_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
 
 def resized_size(height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -351,7 +351,7 @@ def _resize(frames: Tensor, min_pixels: int, max_pixels: int) -> Tensor:
 def _patchify(frames: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     if len(frames) % 2:
         frames = torch.cat([frames, frames[-1:]])  # a visual step is two frames
-    x = (frames.float() / 255 - _MEAN) / _STD  # [T, 3, h*14, w*14]
+    x = (frames.float() / 255 - PIXEL_MEAN) / PIXEL_STD  # [T, 3, h*14, w*14]
     t, h, w = len(x) // 2, x.shape[2] // PATCH, x.shape[3] // PATCH
     x = x.reshape(t, 2, 3, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH)
     x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)  # [t, h/2, w/2, 2, 2, channel, 2 frames, 14, 14]: merged tokens together
@@ -607,7 +607,7 @@ def build_prompts(batch: dict[int, tuple[Sample, Future]], tokenizer, max_tokens
 
 # --------------------------------------------------------------------------------- rewards, in linear time on any text
 
-def _element(text: str, tag: str) -> Optional[str]:
+def element_text(text: str, tag: str) -> Optional[str]:
     """What stands in the only <tag> element; None if there are none or several, or it is not closed."""
     if text.count(f"<{tag}>") != 1 or text.count(f"</{tag}>") != 1:
         return None
@@ -633,7 +633,7 @@ def match_choice(text: str, options: list[str]) -> Optional[int]:
 _NUMBER = re.compile(r"[+-]?(?=\.?[0-9])(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]*)?(?:[eE][+-]?[0-9]{1,3})?")
 
 
-def _number(text: str) -> Optional[float]:
+def parse_number(text: str) -> Optional[float]:
     """The number that a text starts with; a unit may follow ("12.5 meters"). ASCII digits only, finite."""
     word = (text.split(None, 1) or [""])[0].rstrip(".%")
     if len(word) > 40 or not _NUMBER.fullmatch(word):
@@ -651,10 +651,10 @@ def mean_relative_accuracy(pred: float, target: float) -> float:
 
 def accuracy_reward(response: str, sample: Sample) -> float:
     """1.0 if the single <answer> element names the right option, else 0.0; numbers: mean relative accuracy."""
-    answer = _element(response, "answer") or ""
+    answer = element_text(response, "answer") or ""
     if sample.kind == "number":
-        pred = _number(answer)
-        return 0.0 if pred is None else mean_relative_accuracy(pred, _number(sample.answer))
+        pred = parse_number(answer)
+        return 0.0 if pred is None else mean_relative_accuracy(pred, parse_number(sample.answer))
     choice = match_choice(answer, sample.options)
     return float(choice is not None and LETTERS[choice] == sample.answer)
 
@@ -702,7 +702,7 @@ def temporal_iou(pred_spans, label_spans, duration: float) -> tuple[float, float
 
 def temporal_iou_reward(response: str, sample: Sample) -> float:
     """IoU of the spans in the single <time> element with the labelled ones; 0.0 where there are none."""
-    return temporal_iou(parse_spans(_element(response, "time") or ""), sample.spans, sample.duration)[0]
+    return temporal_iou(parse_spans(element_text(response, "time") or ""), sample.spans, sample.duration)[0]
 
 
 def task_reward(response: str, sample: Sample) -> tuple[float, float, float]:

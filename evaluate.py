@@ -90,21 +90,21 @@ def read_records(path: Path) -> list[dict]:
             return [{"video_name": name} | record for name, video in content.items() for record in video["mc_question"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError, csv.Error):
         pass  # the reader below names what is wrong
-    return data._records(path)
+    return data.json_records(path)
 
 
 def read_own(path: Path, name: str, records: list[dict], form: dict, video_root: str | None) -> list[data.Sample]:
     """Samples of a benchmark that data.py does not read, by the fields of its entry in BENCHMARKS."""
-    samples, finder, task = [], data._Finder(video_root, path.parent), re.sub(r"_[0-9]+$", "", path.stem)
+    samples, finder, task = [], data.Finder(video_root, path.parent), re.sub(r"_[0-9]+$", "", path.stem)
     folder = next((folder for folder, tasks in MVBENCH_FOLDERS.items() if task in tasks.split()), "")
     first, *more = form["options"].split()
     for number, fields in enumerate(records):
         fields = {"task": task, "folder": folder} | fields | {form["answer"]: str(fields.get(form["answer"], ""))}
-        record = data._Record(f"{name}, record {number}", fields)
+        record = data.Record(f"{name}, record {number}", fields)
         answer, kind, options = record.text(form["answer"]), "choice", []
         if fields.get(first) is None and not more:
             kind = "number"
-            record.check(data._number(answer) is not None, form["answer"], f"{answer[:60]!r} is no number; write one")
+            record.check(data.parse_number(answer) is not None, form["answer"], f"{answer[:60]!r} is no number; write one")
         else:
             words = [record.text(field) for field in (first, *more)] if more else record.texts(first)
             options = record.options(words, first)
@@ -218,7 +218,7 @@ def score_response(response: str, sample: data.Sample) -> dict[str, float]:
     """accuracy (numbers: mean relative accuracy), format; grounding: also iou, iop, acc_gqa (right, and IoP >= 0.5)."""
     scores = {"accuracy": data.accuracy_reward(response, sample), "format": data.format_reward(response, sample)}
     if sample.kind == "grounding":
-        spans = data.parse_spans(data._element(response, "time") or "")
+        spans = data.parse_spans(data.element_text(response, "time") or "")
         scores["iou"], scores["iop"] = data.temporal_iou(spans, sample.spans, sample.duration)
         scores["acc_gqa"] = float(scores["accuracy"] == 1 and scores["iop"] >= 0.5)
     return scores
@@ -355,7 +355,7 @@ def thumbnails(prompt: data.Prompt) -> np.ndarray:
     t, h, w = prompt.video_grids[0]
     x = prompt.patches[:t * h * w].view(t, h // 2, w // 2, 2, 2, 3, 2, 14, 14)[:, :, :, :, :, :, 0]
     x = x.permute(0, 1, 3, 6, 2, 4, 7, 5).reshape(t, h * 14, w * 14, 3)  # [F, h * 14, w * 14, 3]
-    return ((x * data._STD.view(3) + data._MEAN.view(3)) * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+    return ((x * data.PIXEL_STD.view(3) + data.PIXEL_MEAN.view(3)) * 255).round().clamp(0, 255).to(torch.uint8).numpy()
 
 
 def sample_groups(model, tokenizer, prompts: dict[int, data.Prompt], s: appo.Settings) -> list[appo.Group]:
