@@ -178,9 +178,10 @@ def perception_token_weights(frame_attention: Tensor, logits: Tensor, response_m
     responses that have a j-th token; D is min-max normalised over j; a token gets the mean over the frames that chose it.
 
     Args: frame_attention [G, R, F]; logits [G, R, V] of the distribution each token was sampled from (-inf: excluded),
-        or anything that gives [n, V] for `logits[rows, tokens]`; response_mask bool [G, R]; crucial bool [F].
+        or anything that gives [U, G, V] for `logits[rows, tokens]`, indices [U, G]; response_mask bool [G, R]; crucial
+        bool [F].
     Returns: float32 [G, R] in [1, 1 + alpha]; 1 in the padding and where no frame chose.
-    Example: two one-frame responses of two tokens that differ at the second alone: D = [0, D_2] -> W = [1, 1 + alpha].
+    Example: one crucial frame, two responses of two tokens that differ at the second alone: D = [0, D_2] -> W = [1, 1 + alpha].
     """
     group_size, length, _ = frame_attention.shape
     weights = torch.ones(group_size, length, device=frame_attention.device)
@@ -323,7 +324,8 @@ class Run:
     world: int
     weigh: Callable = weigh_tokens
     position: int = 0  # prompts drawn so far, over all processes
-    stop: bool = False  # asked to stop by a signal
+    asked: bool = False  # this process was asked to stop by a signal
+    stop: bool = False  # one of them was; they agree on it once a step
     seconds: Counter = field(default_factory=Counter)
     last: float = 0.0
 
@@ -361,7 +363,10 @@ def roll_out(run: Run, prompts: dict[int, data.Prompt]) -> list[Group]:
     s, groups, positions, ends = run.settings, [], list(prompts), model_utils.end_token_ids(run.model)
     for first in range(0, len(positions), s.rollout_groups):
         part = positions[first:first + s.rollout_groups]
-        encoded = model_utils.encode_prompts(run.model, [prompts[position] for position in part])
+        own = [prompts[position] for position in part]
+        encoded, masked = model_utils.encode_prompts(run.model, own), [None] * len(own)
+        if s.masked_video:
+            masked = model_utils.encode_prompts(run.model, own, [prompt.masked_patches for prompt in own])
         run.lap("embed")
         uniforms = np.stack([np.random.default_rng((s.rollout_seed, ROLLOUT, position)).random((s.group_size, s.max_new_tokens))
                              for position in part])
@@ -369,7 +374,7 @@ def roll_out(run: Run, prompts: dict[int, data.Prompt]) -> list[Group]:
                                        attention_layers=s.attention_layers if s.alpha else 0,
                                        cuda_graph=not s.no_cuda_graph)
         run.lap("rollout")
-        for position, rollout in zip(part, rollouts):
+        for position, rollout, masked_prompt in zip(part, rollouts, masked):
             prompt, mask = prompts[position], rollout.response_mask
             texts = [run.tokenizer.decode(ids[real], skip_special_tokens=True)
                      for ids, real in zip(rollout.response_ids, mask)]
@@ -380,17 +385,15 @@ def roll_out(run: Run, prompts: dict[int, data.Prompt]) -> list[Group]:
             if s.alpha:
                 crucial = crucial_frames(rollout.frame_attention, mask, scores["accuracy"], k1=s.k1, k2=s.k2,
                                          threshold=s.threshold, strategy=s.strategy)
-            group = Group(position, prompt, rollout, texts, scores, group_advantages(scores["reward"]), crucial)
-            if s.masked_video:
-                group.masked_prompt, = model_utils.encode_prompts(run.model, [prompt], [prompt.masked_patches])
+            group = Group(position, prompt, rollout, texts, scores, group_advantages(scores["reward"]), crucial,
+                          masked_prompt)
             ended = torch.isin(rollout.response_ids, ends) & mask
             group.metrics = {name: score.mean().item() for name, score in scores.items()} | {
                 "entropy": group_mean(rollout.entropy, mask, "tokens").item(),
                 "response_length": mask.sum(1).float().mean().item(), "truncated": 1 - ended.any(1).float().mean().item(),
                 "zero_variance_groups": float((scores["reward"] == scores["reward"][0]).all()),
                 "crucial_frames": crucial.sum().item(),
-                **dict.fromkeys(("loss", "approx_kl", "clip_fraction", "rollout_logprob_gap"), 0.0),  # until an update
-                "token_weight_mean": 1.0, "token_weight_max": 1.0}
+                "loss": 0.0}  # until an update
             groups.append(group)
         run.lap("score")
     return groups
@@ -405,7 +408,8 @@ def update(run: Run, groups: dict[int, Group], roster: list[tuple[int, int, bool
     """6. and 7. Weigh the tokens, then one or several optimizer steps on the batch; returns the gradient norms.
 
     groups: this process's, by position; roster: (position, rank, `learns`) of every group of the batch, in order. A group
-    without a gradient counts in the mean over groups and is not computed: late in training that is most of the batch.
+    without a gradient counts in the mean over groups and is not computed: late in training that is most of the batch (on
+    many processes less is saved: the one with most to do sets the pace).
     All processes make the same number of passes, some perhaps with a dummy of weight 0: a pass of a sharded model is a
     collective call.
     """
@@ -486,9 +490,9 @@ def training_step(run: Run, draws: Iterator[dict], step: int) -> tuple[dict, lis
         run.lap("prompts")
         groups |= {group.position: group for group in roll_out(run, prompts) if not s.dynamic_sampling
                    or (group.scores["accuracy"] != group.scores["accuracy"][0]).any()}
-        gathered = run.gather(({p: learns(group, s) for p, group in groups.items()}, left_out, run.stop))
+        gathered = run.gather(({p: learns(group, s) for p, group in groups.items()}, left_out, run.asked))
         skipped += [record for _, records, _ in gathered for record in records]
-        run.stop = any(stop for _, _, stop in gathered)  # the processes agree
+        run.stop = any(asked for _, _, asked in gathered)
         roster = sorted((position, rank, learning) for rank, (own, _, _) in enumerate(gathered)
                         for position, learning in own.items())
         if len(roster) >= s.prompts_per_step:
@@ -505,9 +509,12 @@ def training_step(run: Run, draws: Iterator[dict], step: int) -> tuple[dict, lis
     everyone = {position: metrics for part in run.gather({p: g.metrics for p, g in mine.items()})
                 for position, metrics in part.items()}
     # in the order of the stream, so that the figures are the same for any number of processes
-    table = {name: [everyone[position][name] for position, *_ in roster] for name in next(iter(everyone.values()), {})}
-    metrics = {name: max(values) if name in ("token_weight_max", "rollout_logprob_gap") else float(np.mean(values))
-               for name, values in table.items()}
+    names = dict.fromkeys(name for own in everyone.values() for name in own)  # some, of the groups that learn alone
+    table = {name: [everyone[position][name] for position, *_ in roster if name in everyone[position]] for name in names}
+    metrics = dict(loss=0.0, approx_kl=0.0, clip_fraction=0.0, rollout_logprob_gap=0.0, token_weight_mean=1.0,
+                   token_weight_max=1.0)  # where none learns
+    metrics |= {name: max(values) if name in ("token_weight_max", "rollout_logprob_gap") else float(np.mean(values))
+                for name, values in table.items()}
     elapsed = time.perf_counter() - started
     metrics |= {"grad_norm": float(np.mean(norms or [0.0])), "samples_per_second": len(roster) / elapsed,
                 "tokens_per_second": sum(table.get("response_length", ())) * s.group_size / elapsed,
@@ -544,7 +551,8 @@ def score_held_out(run: Run, samples: list[data.Sample], reader: data.VideoReade
         encoded = model_utils.encode_prompts(run.model, list(prompts.values()))
         scores += score_prompts(run.model, run.tokenizer, prompts, encoded, s) if prompts else []
     scores = [score for part in run.gather(scores) for score in part]
-    return {name: float(np.mean([score[name] for score in scores])) for name in (scores or [{}])[0]}
+    names = dict.fromkeys(name for score in scores for name in score)
+    return {name: float(np.mean([score[name] for score in scores if name in score])) for name in names}
 
 
 # -------------------------------------------------------------------------------------------------------- the run
@@ -553,7 +561,7 @@ def set_up(s: Settings, weigh: Callable) -> Run:
     """Rollout model, sharded policy, optimizer."""
     rank, world, device = model_utils.init_processes()
     model, tokenizer = model_utils.load_model(s.model, device)
-    reference = Policy(model, s.temperature).to(model.dtype).requires_grad_(False) if s.kl_coef else None
+    reference = model_utils.frozen_policy(model, s.temperature) if s.kl_coef else None
     policy = Policy(model, s.temperature)
     if s.gradient_checkpointing:
         policy.language_model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -563,7 +571,7 @@ def set_up(s: Settings, weigh: Callable) -> Run:
 
 
 def train(s: Settings, weigh: Callable = weigh_tokens) -> None:
-    """The training loop: steps, logs, checkpoints. Randomness derives from (seed, position in the stream) alone, so no
+    """The training loop: steps, logs, checkpoints. Randomness derives from (seed or rollout_seed, position in the stream) alone, so no
     random state is kept, and a resumed run and one over more processes give the same numbers."""
     rank, _, _ = model_utils.init_processes()
     if rank == 0:
@@ -573,12 +581,13 @@ def train(s: Settings, weigh: Callable = weigh_tokens) -> None:
     run = set_up(s, weigh)  # after the data: a mistake in them shows before a large model is loaded
     output, steps = Path(s.output), s.steps or math.ceil(s.epochs * len(samples) / s.prompts_per_step)
     done = model_utils.open_run_folder(output, asdict(s), free=("output", "steps", "epochs", "save_every", "keep", "eval_every",
-                                                                "readers", "decode_timeout", "rollout_groups"))
+                                                                "readers", "decode_timeout", "rollout_groups",
+                                                                "gradient_checkpointing", "no_cuda_graph"))
     if done.get("checkpoint"):
         model_utils.load_checkpoint(done["checkpoint"], run.model, run.policy, run.optimizer)
         run.position = done["position"]
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: (setattr(run, "stop", True), signal.signal(number, signal.SIG_DFL)))
+        signal.signal(number, lambda number, frame: (setattr(run, "asked", True), signal.signal(number, signal.SIG_DFL)))
 
     def log(name: str, *records: dict) -> None:
         if run.rank == 0:
@@ -596,6 +605,7 @@ def train(s: Settings, weigh: Callable = weigh_tokens) -> None:
                                     run.optimizer, state)
         for old in sorted(output.glob("step-??????"))[:-s.keep] if run.rank == 0 else ():
             shutil.rmtree(old)
+        dist.barrier()  # no process ends while another writes
 
     with data.VideoReader(s.readers, s.decode_timeout, fps=s.fps, max_frames=s.max_frames, min_pixels=s.min_pixels,
                           max_pixels=s.max_pixels) as reader:
@@ -629,6 +639,7 @@ def train(s: Settings, weigh: Callable = weigh_tokens) -> None:
             if run.stop:
                 raise RunError(f"stopped by a signal after step {step + 1}; go on with the same command and --resume")
     model_utils.save_checkpoint(output / "checkpoint", run.model, run.tokenizer, s.model)
+    dist.barrier()
     if run.rank == 0:
         for name, label in (("accuracy", "held-out accuracy"), ("topk", f"true frame among a response's top {s.k2}")):
             if name in measured[0]:
@@ -684,8 +695,8 @@ def prepare_built_in(s: Settings) -> None:
                 encoded.extend(model_utils.encode_prompts(model, list(test.values())))
             scores = score_prompts(model, tokenizer, test, encoded, Settings(**TINY))
             accuracy, top1 = (np.mean([score[name] for score in scores]) for name in ("accuracy", "top1"))
-            if accuracy > 0.75:  # by now a model that looks had stopped
-                raise RunError("the built-in model learned to answer without looking at the frames; try another --seed")
+            if accuracy > 0.75:  # a model that looks had stopped before, and now too little is left to learn
+                raise RunError("the built-in model learned to answer before it looked at the frames; try another --seed")
             return accuracy >= 0.5 and top1 >= 0.3
 
         try:

@@ -9,7 +9,7 @@
     python evaluate.py study                                         the algorithms on the built-in task, over seeds
     python evaluate.py throughput --against_plain                    Tab. F, and the usual way beside it
 
-score, attention, focus and decouple take appo.py's options by the same names (--max_frames, --seed, --k2, ...); the
+score, attention, focus, decouple and study take appo.py's options by the same names (--max_frames, --seed, --k2, ...); the
 built-in task is their default. Tables and figures are the supplement's; letters in shapes as in model_utils.
 """
 import argparse
@@ -612,23 +612,29 @@ def arm_settings(folder: Path, seed: int, arm: str, rest: list[str]) -> tuple[ap
         else:
             name, _, value = word.partition("=")
             arguments += ["--rollout_seed", str(1000 + seed)] if word == "again" else [f"--{name}", value]
-    return appo.parse_settings(appo.Parser(appo.Settings, prog="evaluate.py", allow_abbrev=False), [
-        "--algorithm", algorithm, "--seed", str(seed), "--toy_folder", str(home), "--data", str(folder / "train.json"),
-        "--eval_data", str(folder / "test.json"), "--output", str(home / re.sub(r"[^\w.]+", "-", arm)),
-        "--save_every", "0", "--readers", "1", *rest, *arguments]), weigh
+    s = appo.parse_settings(appo.Parser(appo.Settings, prog="evaluate.py", allow_abbrev=False), [
+        "--save_every", "0", "--readers", "1", *rest, *arguments, "--algorithm", algorithm, "--seed", str(seed),
+        "--toy_folder", str(home), "--data", str(folder / "train.json"), "--eval_data", str(folder / "test.json"),
+        "--output", str(home / re.sub(r"[^\w.]+", "-", arm))])
+    if weigh in (shuffled, mean_one) and not s.alpha:
+        raise RunError(f"{arm}: has no token weights that could be {weigh.__name__}; use it with appo")
+    return s, weigh
 
 
 def train_arm(folder: Path, seed: int, arm: str | None, rest: list[str]) -> None:
     """In a process of its own: train an arm, or without one warm up the seed's model; what is there already stays."""
     s, weigh = arm_settings(folder, seed, arm or "appo", rest)
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # one bar is enough
-        if arm is None:
-            appo.prepare_built_in(s)
-        elif not (Path(s.output) / "checkpoint").exists():
-            shutil.rmtree(s.output, ignore_errors=True)  # stopped half-way
-            if weigh is not appo.weigh_tokens:
-                weigh = partial(weigh, tokenizer=AutoTokenizer.from_pretrained(s.model))
-            appo.train(s, weigh)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # one bar is enough
+            if arm is None:
+                appo.prepare_built_in(s)
+            elif not (Path(s.output) / "checkpoint").exists():
+                shutil.rmtree(s.output, ignore_errors=True)  # stopped half-way
+                if weigh is not appo.weigh_tokens:
+                    weigh = partial(weigh, tokenizer=AutoTokenizer.from_pretrained(s.model))
+                appo.train(s, weigh)
+    except RunError as error:
+        raise RunError(f"seed {seed}, {arm or 'warm-up'}: {error}") from None
 
 
 def mean_weights(output: Path) -> dict[str, float]:
@@ -636,11 +642,11 @@ def mean_weights(output: Path) -> dict[str, float]:
     found = {"all tokens": [], "colour words": [], "first tokens": []}
     for group in model_utils.read_log(output / "samples.jsonl"):
         for response in group["responses"]:
-            weights = response["weights"] or [1.0] * len(response["tokens"])
+            weights = response["weights"] or []  # none: the group did not learn, or the arm has no weights
             found["all tokens"] += weights
             found["colour words"] += [w for token, w in zip(response["tokens"], weights) if token in data.TOY_COLOURS]
             found["first tokens"] += weights[:1]
-    return {name: float(np.mean(weights)) for name, weights in found.items()}
+    return {name: float(np.mean(weights or [1.0])) for name, weights in found.items()}
 
 
 def study(options, _) -> None:
@@ -652,19 +658,24 @@ def study(options, _) -> None:
     config = folder / "study.json"
     if config.exists() and json.loads(config.read_text())["options"] != options.rest:
         raise RunError(f"{folder}: holds a study with other options; give another --output")
-    config.write_text(json.dumps({"options": options.rest}))
+    if not config.exists():
+        config.write_text(json.dumps({"options": options.rest}))
     data.make_toy_data(folder)
     with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
         for name, jobs in ("warm-ups", [(seed, None) for seed in seeds]), ("arms", list(settings)):
             futures = [pool.submit(train_arm, folder, *job, options.rest) for job in jobs]
-            for future in tqdm(as_completed(futures), total=len(futures), desc=name):
-                future.result()
+            try:
+                for future in tqdm(as_completed(futures), total=len(futures), desc=name):
+                    future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # else all that is queued would still run
+                raise
     figures, runs = {}, defaultdict(list)  # {arm: {figure: [seeds]}}
     for arm in arms:
         own = [Path(settings[seed, arm].output) for seed in seeds]
         runs[arm] = [read_run(output)[1] for output in own]
         held_out = [model_utils.read_log(output / "held_out.jsonl") for output in own]
-        figures[arm] = {"training": np.array([run["accuracy"].mean() for run in runs[arm]])} | {
+        figures[arm] = {"training": np.array([np.nanmean(run["accuracy"]) for run in runs[arm]])} | {
             f"{name}, {when}": np.array([log[entry][key] for log in held_out])
             for name, key in (("accuracy", "accuracy"), ("recall", "topk")) for when, entry in (("before", 0), ("after", -1))}
         weights = [mean_weights(output) for output in own]
@@ -674,13 +685,13 @@ def study(options, _) -> None:
         low, high = bootstrap_interval(values)
         return f"{values.mean():{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
 
-    null = [arm for arm in arms if re.fullmatch("dapo(:again)?", arm)]
+    null = [arm for arm in ("dapo", "dapo:again") if arm in arms]
     names = ("accuracy, before", "accuracy, after", "training", "recall, before", "recall, after")
-    table = [["arm", *names, *(["after - dapo", "training - dapo"] if null else [])]]
+    table = [["arm", *names, *(["after - mean of dapo", "training - mean of dapo"] if null else [])]]
     for arm in arms:
         table.append([arm] + [cell(figures[arm][name]) for name in names])
         for name in ("accuracy, after", "training") if null else ():
-            table[-1].append(cell(figures[arm][name] - np.mean([figures[one][name] for one in null], axis=0), "+"))
+            table[-1].append("-" if arm in null else cell(figures[arm][name] - np.mean([figures[one][name] for one in null], axis=0), "+"))
     print(f"{len(seeds)} seeds from {options.first_seed}; mean (95% interval, bootstrap over seeds)")
     if len(null) == 2:
         print("the null, dapo:again - dapo:", *(f"{name} {cell(figures[null[1]][name] - figures[null[0]][name], '+')}"
@@ -688,7 +699,7 @@ def study(options, _) -> None:
     print_table(table)
     weighing = [name for name in figures[arms[0]] if name.startswith("weight")]
     print_table([["arm", *weighing]] + [[arm] + [cell(own[name]) for name in weighing] for arm, own in figures.items()
-                                        if own[weighing[0]].max() > 1])
+                                        if any((own[name] != 1).any() for name in weighing)])
     config.write_text(json.dumps({"options": options.rest, "seeds": list(seeds), "arms": {
         arm: {name: values.tolist() for name, values in own.items()} for arm, own in figures.items()}}, indent=1))
     draw_curves(runs, 10, str(folder / "curves.png"))
@@ -894,7 +905,7 @@ def throughput(options, _) -> None:
         model, tokenizer = load_model(options.model)
     model.generation_config.eos_token_id = model.config.vision_start_token_id  # never sampled: no response ends
     policy = model_utils.Policy(model)
-    reference = model_utils.Policy(model).to(dtype).requires_grad_(False) if "grpo" in algorithms else None
+    reference = model_utils.frozen_policy(model, 1.0) if "grpo" in algorithms else None
     if options.against_plain:  # a twin
         plain = Qwen2_5_VLForConditionalGeneration._from_config(copy.deepcopy(model.config), dtype=dtype)
         plain.load_state_dict(model.state_dict())
@@ -1020,7 +1031,7 @@ def command_line() -> argparse.ArgumentParser:
 
     def add(function: Callable, runs_model: bool, **options: dict) -> None:
         command = commands.add_parser(function.__name__, allow_abbrev=False, description=function.__doc__,
-                                      epilog="The options of appo.py may follow." if runs_model else None)
+                                      epilog="The options of appo.py may follow." * (runs_model or function is study))
         command.set_defaults(function=function, runs_model=runs_model)
         for name, keywords in options.items():
             keywords["help"] += f" (default: {keywords['default']})" if keywords.get("default") else ""
@@ -1040,7 +1051,7 @@ def command_line() -> argparse.ArgumentParser:
     add(decouple, True, perception=dict(required=True, help="video models M,M2"),
         reasoning=dict(required=True, help="text models T,T2"),
         output=dict(default="decouple.jsonl", help="every description and answer"))
-    add(study, False, arms=dict(default=ARMS, help="what to compare: ALGORITHM[:OPTION=VALUE][:again|shuffled|mean_one|oracle]"),
+    add(study, False, arms=dict(default=ARMS, help="ALGORITHM[:OPTION=VALUE][:again|shuffled|mean_one|oracle], ..."),
         seeds=dict(type=positive, default=10, help="how many"), first_seed=dict(type=int, default=0, help="the first"),
         processes=dict(type=positive, default=2, help="arms at a time, a core each"),
         output=dict(default="runs/study", help="folder; arms that have finished there stay"))

@@ -70,7 +70,8 @@ def compute_type(device: torch.device) -> torch.dtype:
 
 
 def save_checkpoint(folder: Path, model, tokenizer, source: str | None, policy=None, optimizer=None, state=None) -> None:
-    """Write an ordinary Hugging Face folder, all processes together; with a policy also what a run resumes from.
+    """Write an ordinary Hugging Face folder, the first process alone; with a policy, all processes together also what a
+    run resumes from.
 
     It is written beside and moved into place when it is whole. The image settings are those of the `source` model.
     """
@@ -95,8 +96,6 @@ def save_checkpoint(folder: Path, model, tokenizer, source: str | None, policy=N
     except (OSError, SafetensorError, checkpoints.CheckpointException) as error:
         raise RunError(f"{folder}: cannot be written ({' '.join(str(error).split())[:300]}); make room on the disk. "
                          "The last whole checkpoint stands, go on from it with --resume") from error
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def training_state(policy, optimizer) -> dict:
@@ -223,7 +222,7 @@ def encode_prompts(model, prompts: list, patches: list[Tensor] | None = None) ->
     counts = [sum(t * h * w for t, h, w in own) // config.vision_config.spatial_merge_size ** 2 for own in grids]
     embeds = torch.empty(0, config.text_config.hidden_size, device=device, dtype=model.dtype)
     if sum(counts):
-        patches = [prompt.patches for prompt in prompts if prompt.patches is not None] if patches is None else patches
+        patches = [prompt.patches for prompt in prompts] if patches is None else patches
         embeds = model.model.visual(torch.cat(patches).to(device, model.dtype),
                                     grid_thw=torch.tensor(sum(grids, []), device=device)).pooler_output
     kinds = torch.tensor([config.video_token_id, config.image_token_id])
@@ -363,8 +362,8 @@ def rollout(model, prompts: list[EncodedPrompt], uniforms: Tensor, *, temperatur
     Args: uniforms float64 [N, G, max_new_tokens] in [0, 1), the only source of randomness: token t is the one at which
         the cumulative distribution passes uniforms[..., t]; attention_layers, how many last layers are read;
         choose(logits [B, V], ids [B, max_new_tokens]) -> ids [B] replaces the sampling (evaluation); the places of `ids`
-        that are still to come repeat the last prompt token; cuda_graph, record decoding steps on a GPU: `choose` then
-        runs in Python now and then alone, and may be nothing but operations on the device.
+        that are still to come repeat the last prompt token; cuda_graph, record decoding steps on a GPU, `choose` with
+        them: it must consist of operations on the device.
     """
     n, group_size, max_new_tokens = uniforms.shape
     uniforms = uniforms.to(model.device).view(n * group_size, max_new_tokens)
@@ -470,6 +469,15 @@ class Policy(nn.Module):
         """hidden [T, H], targets [T] -> log-probabilities [T]."""
         logits = sampling_logits(self.lm_head(hidden), self.excluded, self.temperature)
         return logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+
+
+def frozen_policy(model, temperature: float) -> Policy:
+    """A copy of the model in its own type, the reference of a KL term. Its buffers stay fp32: rotary frequencies in bf16
+    would turn distant tokens by radians."""
+    policy = Policy(model, temperature).requires_grad_(False)
+    for parameter in policy.parameters():
+        parameter.data = parameter.data.to(model.dtype)
+    return policy
 
 
 def dummy_group(model) -> tuple[EncodedPrompt, Tensor, Tensor]:
@@ -586,6 +594,7 @@ def warm_up(model, lessons: list, good_enough: Callable[[nn.Module], bool], *, b
     bar = tqdm(total=align_steps + max_steps, desc="warm-up")
 
     def batch() -> list:
+        bar.update()
         return [lessons[i] for i in torch.randperm(len(lessons), generator=order)[:batch_size]]
 
     text, empty = model.model.language_model, model.generation_config.pad_token_id
@@ -603,7 +612,6 @@ def warm_up(model, lessons: list, good_enough: Callable[[nn.Module], bool], *, b
         (-(log_probs * weight).sum() / weight.sum()).backward()
         optimizer.step()
         optimizer.zero_grad()
-        bar.update()
     model.requires_grad_(False)
 
     encoded = {}
@@ -620,10 +628,8 @@ def warm_up(model, lessons: list, good_enough: Callable[[nn.Module], bool], *, b
         nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        bar.update()
         if step % 5 == 4:
             refresh(model, policy)
             if good_enough(model):
-                bar.close()
                 return
     raise RunError(f"the built-in model did not learn its task in {max_steps} steps; try another --seed")
