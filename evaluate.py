@@ -930,7 +930,7 @@ def throughput(options, _) -> None:
     rounds, memory, gaps, groups = [], {}, None, {}
     for number in range(1 + options.repetitions):
         rounds.append({})
-        for name, run in runs.items():
+        for name, run in list(runs.items())[::(-1) ** number]:  # in turns: what goes first finds the memory cold
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             rounds[-1][name], made = training_work(run, prompts)
@@ -958,7 +958,7 @@ def throughput(options, _) -> None:
     result = {"device": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads",
               "torch": torch.__version__, "options": {k: v for k, v in vars(options).items() if not callable(v)},
               "prompt_tokens": len(prompts[0].input_ids), "algorithms": {}}
-    for name in rounds[0]:
+    for name in (*runs, *([USUAL] if options.against_plain else [])):
         seconds = {phase: [one[name][phase] for one in rounds] for phase in rows}
         spread = {phase: {"median": float(np.median(s)), "low": min(s), "high": max(s)} for phase, s in seconds.items()}
         result["algorithms"][name] = {"seconds": spread, "peak_memory_gb": memory[name]} | {
