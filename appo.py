@@ -607,8 +607,7 @@ def train(s: Settings, weigh: Callable = weigh_tokens) -> None:
             shutil.rmtree(old)
         dist.barrier()  # no process ends while another writes
 
-    with data.VideoReader(s.readers, s.decode_timeout, fps=s.fps, max_frames=s.max_frames, min_pixels=s.min_pixels,
-                          max_pixels=s.max_pixels) as reader:
+    with open_reader(s) as reader:
         unreadable, not_finite, rates = done.get("unreadable", 0), [], []
         measured = model_utils.read_log(output / "held_out.jsonl") or [measure(0)]
         draws = data.read_ahead(reader, prompt_stream(run, samples))
@@ -649,6 +648,12 @@ def train(s: Settings, weigh: Callable = weigh_tokens) -> None:
         print(f"{'next':40s} --algorithm dapo to compare, --model and --data for your own; log: {output / 'metrics.jsonl'}")
 
 
+def open_reader(s: Settings) -> data.VideoReader:
+    """The decoding processes."""
+    return data.VideoReader(s.readers, s.decode_timeout, fps=s.fps, max_frames=s.max_frames, min_pixels=s.min_pixels,
+                            max_pixels=s.max_pixels)
+
+
 def load_data(path: str, s: Settings, announce: bool) -> list[data.Sample]:
     """The samples of annotation files. Missing videos are listed, and stop the run unless --skip_missing."""
     samples = data.load_samples(path, s.video_root)
@@ -684,27 +689,28 @@ def prepare_built_in(s: Settings) -> None:
     if s.model != str(folder / "model") or (folder / "model" / "config.json").exists():
         return
     torch.set_num_threads(1)  # as in load_model
+    model, tokenizer = model_utils.tiny_model(data.toy_vocabulary(), s.seed)
+    test = {n: data.toy_prompt(np.random.default_rng((s.seed, 3, n)), tokenizer, n % 8)[0] for n in range(128)}
+    lessons, encoded = data.toy_lessons(tokenizer, 1024, s.seed), []
+
+    def good_enough(model) -> bool:
+        """Half of the answers right, and the model looks: else reinforcement learning has little to start from."""
+        if not encoded:  # the vision tower does not change any more
+            encoded.extend(model_utils.encode_prompts(model, list(test.values())))
+        scores = score_prompts(model, tokenizer, test, encoded, Settings(**TINY))
+        accuracy, top1 = (np.mean([score[name] for score in scores]) for name in ("accuracy", "top1"))
+        if accuracy > 0.75:  # a model that looks had stopped before, and now too little is left to learn
+            raise RunError("the built-in model learned to answer before it looked at the frames; try another --seed")
+        return accuracy >= 0.5 and top1 >= 0.3
+
     for attempt in range(5):  # some random starts answer from what the question's tokens have seen, and do not look
-        model, tokenizer = model_utils.tiny_model(data.toy_vocabulary(), s.seed + 1000 * attempt)
-        test = {n: data.toy_prompt(np.random.default_rng((s.seed, 3, n)), tokenizer, n % 8)[0] for n in range(128)}
-        encoded = []
-
-        def good_enough(model) -> bool:
-            """Half of the answers right, and the model looks: else reinforcement learning has little to start from."""
-            if not encoded:  # the vision tower does not change any more
-                encoded.extend(model_utils.encode_prompts(model, list(test.values())))
-            scores = score_prompts(model, tokenizer, test, encoded, Settings(**TINY))
-            accuracy, top1 = (np.mean([score[name] for score in scores]) for name in ("accuracy", "top1"))
-            if accuracy > 0.75:  # a model that looks had stopped before, and now too little is left to learn
-                raise RunError("the built-in model learned to answer before it looked at the frames; try another --seed")
-            return accuracy >= 0.5 and top1 >= 0.3
-
         try:
-            model_utils.warm_up(model, data.toy_lessons(tokenizer, 1024, s.seed), good_enough)
+            model_utils.warm_up(model, lessons, good_enough)
             break
         except RunError:
             if attempt == 4:
                 raise
+        model, encoded[:] = model_utils.tiny_model(data.toy_vocabulary(), s.seed + 1000 * (attempt + 1))[0], []
     model_utils.save_checkpoint(folder / "model", model, tokenizer, None)
 
 

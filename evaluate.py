@@ -160,15 +160,10 @@ def read_prompts(samples: list[data.Sample], tokenizer, s: appo.Settings, bar: t
     """(prompts by number of the sample, records of what is left out) of `rollout_groups` samples at a time."""
     numbered = [(n, (sample, None)) for n, sample in enumerate(samples)]
     batches = (dict(numbered[i:i + s.rollout_groups]) for i in range(0, len(samples), s.rollout_groups))
-    with open_reader(s) as reader:
+    with appo.open_reader(s) as reader:
         for batch in data.read_ahead(reader, batches):
             yield data.build_prompts(batch, tokenizer, s.max_prompt_tokens)
             bar.update(len(batch))
-
-
-def open_reader(s: appo.Settings) -> data.VideoReader:
-    return data.VideoReader(s.readers, s.decode_timeout, fps=s.fps, max_frames=s.max_frames, min_pixels=s.min_pixels,
-                            max_pixels=s.max_pixels)
 
 
 # --------------------------------------------------------------------------------------------- decoding and scores
@@ -269,8 +264,9 @@ def read_responses(folder: str) -> list[dict]:
     return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
 
 
-def score(options, s: appo.Settings) -> None:
+def score(options) -> None:
     """Benchmark scores. Every response is written as it comes; a run that was stopped goes on where it was."""
+    s = settings_of(options.rest)
     samples, overall = load_benchmark(s, options.benchmark)
     (model, tokenizer), output = load_model(s.model), Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
@@ -326,7 +322,7 @@ def bootstrap_interval(differences: np.ndarray, seed: int = 0, draws: int = 10_0
     return tuple(np.percentile(means, [2.5, 97.5]).tolist())
 
 
-def compare(options, _) -> None:
+def compare(options) -> None:
     """Accuracy of B minus accuracy of A, over the questions that both have answered."""
     first, second = ({(r["id"], r["question"]): r["accuracy"] for r in read_responses(folder) if "accuracy" in r}
                      for folder in (options.first, options.second))
@@ -394,15 +390,16 @@ def draw_attention(panels: list[tuple[str, appo.Group, int, list[str]]], output:
     save_figure(figure, output)
 
 
-def attention(options, s: appo.Settings) -> None:
+def attention(options) -> None:
     """What each token of a response attends to, and the crucial frames of its group; several models side by side."""
+    s = settings_of(options.rest)
     samples, panels = load_benchmark(s)[0], []
     sample = next((one for one in samples if options.sample in (one.id, one.id.rpartition(":")[2])), None)
     if sample is None or sample.video is None:
         raise RunError(f"--sample {options.sample}: {s.data} has no such record with a video; count from 0")
     for name in [s.model, *options.model2]:
         own, (model, tokenizer) = settings_of([*options.rest, "--model", name]), load_model(name)
-        with open_reader(own) as reader:
+        with appo.open_reader(own) as reader:
             prompt = data.build_prompt(sample, reader.submit(sample).result(), tokenizer)
         group, = sample_groups(model, tokenizer, {0: prompt}, own)
         accuracy = group.scores["accuracy"]
@@ -435,7 +432,7 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     return np.array([values[max(0, i - window + 1):i + 1].mean() for i in range(len(values))])
 
 
-def curves(options, _) -> None:
+def curves(options) -> None:
     """Runs alike in algorithm, strategy and alpha are seeds of one: their mean, and a band of a standard deviation."""
     runs = defaultdict(list)
     for folder in map(Path, options.runs):
@@ -486,8 +483,9 @@ def focus_difference(focused: Tensor, right: Tensor, seconds: float) -> tuple[st
     return list(TAB_A)[1 + min(int(difference / 3), 5)], difference
 
 
-def focus(options, s: appo.Settings) -> None:
+def focus(options) -> None:
     """Tab. A: differences in focused frames between the right and the wrong responses of a sample."""
+    s = settings_of(options.rest)
     samples, (model, tokenizer) = load_benchmark(s)[0], load_model(s.model)
     bins, left_out = Counter(), Counter({"one kind of response alone": 0, "unreadable or too long": 0, "no video": 0})
     with tqdm(total=len(samples), desc="focus") as bar:
@@ -545,9 +543,10 @@ def answer_from_text(model, tokenizer, sample: data.Sample, description: str, ma
     return tokenizer.decode(output[0, ids.shape[1]:], skip_special_tokens=True)
 
 
-def decouple(options, s: appo.Settings) -> None:
+def decouple(options) -> None:
     """Accuracy of every pair of a perception model, which describes the video without knowing the question, and a
     reasoning model, which answers from the description: is it seeing or thinking that limits the accuracy?"""
+    s = settings_of(options.rest)
     samples, reasoners = load_benchmark(s)[0], options.reasoning.split(",")
     asked = [replace(sample, question=DESCRIBE, options=[], kind="description") for sample in samples]
     table = [["perception / reasoning", "videos", *reasoners]]
@@ -649,7 +648,7 @@ def mean_weights(output: Path) -> dict[str, float]:
     return {name: float(np.mean(weights or [1.0])) for name, weights in found.items()}
 
 
-def study(options, _) -> None:
+def study(options) -> None:
     """The built-in task, trained from one warmed-up model a seed and on the same prompts in every arm."""
     folder, arms = Path(options.output), options.arms.split(",")
     seeds = range(options.first_seed, options.first_seed + options.seeds)
@@ -892,7 +891,7 @@ def peak_memory(device: torch.device) -> float:
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9
 
 
-def throughput(options, _) -> None:
+def throughput(options) -> None:
     """Tab. F: the work of training steps with responses of fixed length. Every round runs each algorithm once, and
     ratios are medians of the rounds' ratios, so that what else the machine does touches all alike. A round goes before,
     to warm up; in it the usual way has the same weights, so its numbers must agree with ours."""
@@ -1029,10 +1028,10 @@ def command_line() -> argparse.ArgumentParser:
     parser = Parser(prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
 
-    def add(function: Callable, runs_model: bool, **options: dict) -> None:
+    def add(function: Callable, takes_rest: bool, **options: dict) -> None:
         command = commands.add_parser(function.__name__, allow_abbrev=False, description=function.__doc__,
-                                      epilog="The options of appo.py may follow." * (runs_model or function is study))
-        command.set_defaults(function=function, runs_model=runs_model)
+                                      epilog="The options of appo.py may follow." if takes_rest else None)
+        command.set_defaults(function=function, takes_rest=takes_rest)
         for name, keywords in options.items():
             keywords["help"] += f" (default: {keywords['default']})" if keywords.get("default") else ""
             command.add_argument(name if keywords.pop("positional", False) else f"--{name}", **keywords)
@@ -1051,7 +1050,7 @@ def command_line() -> argparse.ArgumentParser:
     add(decouple, True, perception=dict(required=True, help="video models M,M2"),
         reasoning=dict(required=True, help="text models T,T2"),
         output=dict(default="decouple.jsonl", help="every description and answer"))
-    add(study, False, arms=dict(default=ARMS, help="ALGORITHM[:OPTION=VALUE][:again|shuffled|mean_one|oracle], ..."),
+    add(study, True, arms=dict(default=ARMS, help="ALGORITHM[:OPTION=VALUE][:again|shuffled|mean_one|oracle], ..."),
         seeds=dict(type=positive, default=10, help="how many"), first_seed=dict(type=int, default=0, help="the first"),
         processes=dict(type=positive, default=2, help="arms at a time, a core each"),
         output=dict(default="runs/study", help="folder; arms that have finished there stay"))
@@ -1075,10 +1074,10 @@ def main(arguments: list[str] | None = None) -> None:
     options, rest = parser.parse_known_args(arguments)
     transformers.utils.logging.disable_progress_bar()  # one bar at a time
     try:
-        if rest and not options.runs_model and options.function is not study:
+        if rest and not options.takes_rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         options.rest = rest
-        options.function(options, settings_of(rest) if options.runs_model else None)
+        options.function(options)
     except (RunError, data.DataError, data.VideoError, OSError) as error:
         parser.error(escaped(" ".join(str(error).split())))
 
