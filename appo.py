@@ -17,7 +17,6 @@ import json
 import math
 import shutil
 import signal
-import sys
 import time
 from collections import Counter
 from concurrent.futures import wait
@@ -45,7 +44,8 @@ class Settings:
     data: Optional[str] = HfArg(default=None, help="annotation files a.json,b.jsonl; default: the built-in videos")
     video_root: Optional[str] = HfArg(default=None, help="folder under which the annotations' paths are looked up")
     skip_missing: bool = HfArg(default=False, help="train without the samples whose files are missing")
-    toy_folder: str = HfArg(default="runs/toy", help="where the built-in videos and model are made")
+    toy_folder: str = HfArg(default="runs/toy", help="where the built-in videos and model are made; what an earlier run "
+                            "made there is used again, also with another --seed")
     output: Optional[str] = HfArg(default=None, help="run folder; default runs/ALGORITHM. An earlier run is moved aside")
     algorithm: Literal["appo", "dapo", "grpo", "papo_g", "papo_d"] = HfArg(
         default="appo", help="preset of the hyperparameters below, see PRESETS; each of them can be overridden")
@@ -287,7 +287,7 @@ ORDER, ROLLOUT, MASK, HELD_OUT = range(4)  # what a random draw is for: with the
 @dataclass
 class Group:
     """A prompt, the G responses to it, and the constants of the loss from before the first update on the batch."""
-    position: int  # in the endless stream of prompts: step * prompts_per_step + slot
+    position: int  # in the endless stream of prompts
     prompt: data.Prompt
     rollout: Rollout
     texts: list[str]
@@ -359,28 +359,32 @@ def prompt_stream(run: Run, samples: list[data.Sample]) -> Iterator[dict]:
 
 
 def roll_out(run: Run, prompts: dict[int, data.Prompt]) -> list[Group]:
-    """2. to 5. Embed, sample, score, find the crucial frames; `rollout_groups` prompts at a time."""
+    """2. to 5. of the README's step; `rollout_groups` prompts at a time."""
     s, groups, positions, ends = run.settings, [], list(prompts), model_utils.end_token_ids(run.model)
     for first in range(0, len(positions), s.rollout_groups):
         part = positions[first:first + s.rollout_groups]
         own = [prompts[position] for position in part]
+        # 2. embed
         encoded, masked = model_utils.encode_prompts(run.model, own), [None] * len(own)
         if s.masked_video:
             masked = model_utils.encode_prompts(run.model, own, [prompt.masked_patches for prompt in own])
         run.lap("embed")
-        uniforms = np.stack([np.random.default_rng((s.rollout_seed, ROLLOUT, position)).random((s.group_size, s.max_new_tokens))
-                             for position in part])
+        # 3. rollout
+        uniforms = np.stack([np.random.default_rng((s.rollout_seed, ROLLOUT, position)).random(
+            (s.group_size, s.max_new_tokens)) for position in part])
         rollouts = model_utils.rollout(run.model, encoded, torch.from_numpy(uniforms), temperature=s.temperature,
                                        attention_layers=s.attention_layers if s.alpha else 0,
                                        cuda_graph=not s.no_cuda_graph)
         run.lap("rollout")
         for position, rollout, masked_prompt in zip(part, rollouts, masked):
             prompt, mask = prompts[position], rollout.response_mask
+            # 4. score
             texts = [run.tokenizer.decode(ids[real], skip_special_tokens=True)
                      for ids, real in zip(rollout.response_ids, mask)]
             scores = torch.tensor([data.task_reward(text, prompt.sample) for text in texts], device=mask.device)  # [G, 3]
             scores = dict(zip(("reward", "accuracy", "format"), scores.T))
             scores["reward"] = scores["reward"] + overlong_penalty(mask.sum(1), s.max_new_tokens, s.overlong_buffer)
+            # 5. crucial frames
             crucial = torch.zeros(prompt.num_steps, dtype=torch.bool, device=mask.device)
             if s.alpha:
                 crucial = crucial_frames(rollout.frame_attention, mask, scores["accuracy"], k1=s.k1, k2=s.k2,
@@ -427,10 +431,11 @@ def update(run: Run, groups: dict[int, Group], roster: list[tuple[int, int, bool
 
     @torch.no_grad()
     def record(group: Group, log_probs: Tensor, hidden: Tensor) -> None:
-        """6. The constants of the loss, and what is logged with them."""
+        """The constants of the loss, and what is logged with them."""
         mask = group.rollout.response_mask
         group.old_log_probs = log_probs.detach()
         run.lap("update")
+        # 6. token weights
         group.token_weights = run.weigh(group, HeadLogits(run.model, hidden, s.temperature), s)
         run.lap("weights")
         if run.reference is not None:
@@ -457,6 +462,7 @@ def update(run: Run, groups: dict[int, Group], roster: list[tuple[int, int, bool
                 continue
             if group.old_log_probs is None:
                 record(group, log_probs, *outputs)
+            # 7. update
             loss, metrics = clipped_surrogate_loss(
                 log_probs, group.old_log_probs, group.advantages, group.rollout.response_mask, average=s.average,
                 token_weights=group.token_weights, clip_low=s.clip_low, clip_high=s.clip_high,
@@ -482,6 +488,7 @@ def training_step(run: Run, draws: Iterator[dict], step: int) -> tuple[dict, lis
     run.seconds.clear()
     started = run.last = time.perf_counter()
     for _ in range(1 + s.max_resamples * s.dynamic_sampling):
+        # 1. read
         batch = next(draws)
         wait([visual for _, visual in batch.values()])
         run.lap("wait")
@@ -509,7 +516,7 @@ def training_step(run: Run, draws: Iterator[dict], step: int) -> tuple[dict, lis
     everyone = {position: metrics for part in run.gather({p: g.metrics for p, g in mine.items()})
                 for position, metrics in part.items()}
     # in the order of the stream, so that the figures are the same for any number of processes
-    names = dict.fromkeys(name for own in everyone.values() for name in own)  # some, of the groups that learn alone
+    names = dict.fromkeys(name for own in everyone.values() for name in own)  # some exist for groups that learn alone
     table = {name: [everyone[position][name] for position, *_ in roster if name in everyone[position]] for name in names}
     metrics = dict(loss=0.0, approx_kl=0.0, clip_fraction=0.0, rollout_logprob_gap=0.0, token_weight_mean=1.0,
                    token_weight_max=1.0)  # where none learns
@@ -552,7 +559,8 @@ def score_held_out(run: Run, samples: list[data.Sample], reader: data.VideoReade
         scores += score_prompts(run.model, run.tokenizer, prompts, encoded, s) if prompts else []
     scores = [score for part in run.gather(scores) for score in part]
     names = dict.fromkeys(name for score in scores for name in score)
-    return {name: float(np.mean([score[name] for score in scores if name in score])) for name in names}
+    return {"samples": len(scores)} | {
+        name: float(np.mean([score[name] for score in scores if name in score])) for name in names}
 
 
 # -------------------------------------------------------------------------------------------------------- the run
@@ -571,35 +579,42 @@ def set_up(s: Settings, weigh: Callable) -> Run:
 
 
 def train(s: Settings, weigh: Callable = weigh_tokens) -> None:
-    """The training loop: steps, logs, checkpoints. Randomness derives from (seed or rollout_seed, position in the stream) alone, so no
-    random state is kept, and a resumed run and one over more processes give the same numbers."""
+    """The training loop: steps, logs, checkpoints. Randomness derives from (seed or rollout_seed, position in the stream)
+    alone, so no random state is kept, and a resumed run and one over more processes give the same numbers."""
     rank, _, _ = model_utils.init_processes()
     if rank == 0:
         prepare_built_in(s)
     dist.barrier()
-    samples, held_out = (load_data(path, s, rank == 0) if path else [] for path in (s.data, s.eval_data))
+    samples, held_out = (data.with_files(data.load_samples(path, s.video_root), path, s.skip_missing, rank == 0)
+                         if path else [] for path in (s.data, s.eval_data))
     run = set_up(s, weigh)  # after the data: a mistake in them shows before a large model is loaded
     output, steps = Path(s.output), s.steps or math.ceil(s.epochs * len(samples) / s.prompts_per_step)
-    done = model_utils.open_run_folder(output, asdict(s), free=("output", "steps", "epochs", "save_every", "keep", "eval_every",
-                                                                "readers", "decode_timeout", "rollout_groups",
-                                                                "gradient_checkpointing", "no_cuda_graph"))
+    done = model_utils.open_run_folder(output, asdict(s), free=(  # what may differ from the run that is resumed
+        "output", "steps", "epochs", "save_every", "keep", "eval_every", "readers", "decode_timeout", "rollout_groups",
+        "gradient_checkpointing", "no_cuda_graph"))
     if done.get("checkpoint"):
         model_utils.load_checkpoint(done["checkpoint"], run.model, run.policy, run.optimizer)
         run.position = done["position"]
+
+    def on_signal(number: int, _) -> None:
+        """Stop after this step, with a checkpoint; a second signal ends at once."""
+        run.asked = True
+        signal.signal(number, signal.SIG_DFL)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: (setattr(run, "asked", True), signal.signal(number, signal.SIG_DFL)))
+        signal.signal(number, on_signal)
 
     def log(name: str, *records: dict) -> None:
         if run.rank == 0:
             with open(output / name, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(record) + "\n" for record in records)
 
-    def measure(step: int) -> dict[str, float]:
+    def measure(step: int, reader: data.VideoReader) -> dict[str, float]:
         scores = score_held_out(run, held_out, reader) if held_out else {}
         log("held_out.jsonl", *[{"step": step} | scores] * bool(scores))
         return scores
 
-    def save(step: int) -> None:
+    def save(step: int, unreadable: int) -> None:
         state = {"step": step, "position": run.position, "unreadable": unreadable}
         model_utils.save_checkpoint(output / f"step-{step:06d}", run.model, run.tokenizer, s.model, run.policy,
                                     run.optimizer, state)
@@ -609,7 +624,7 @@ def train(s: Settings, weigh: Callable = weigh_tokens) -> None:
 
     with open_reader(s) as reader:
         unreadable, not_finite, rates = done.get("unreadable", 0), [], []
-        measured = model_utils.read_log(output / "held_out.jsonl") or [measure(0)]
+        measured = model_utils.read_log(output / "held_out.jsonl") or [measure(0, reader)]
         draws = data.read_ahead(reader, prompt_stream(run, samples))
         bar = tqdm(range(done.get("step", 0), steps), desc=s.algorithm, disable=run.rank > 0, initial=done.get("step", 0),
                    total=steps)
@@ -632,9 +647,9 @@ def train(s: Settings, weigh: Callable = weigh_tokens) -> None:
             if len(not_finite) == 3:
                 raise RunError(f"the gradient was not finite in 3 steps in a row, with samples {not_finite}")
             if step + 1 == steps or s.eval_every and (step + 1) % s.eval_every == 0:
-                measured.append(measure(step + 1))
+                measured.append(measure(step + 1, reader))
             if run.stop or s.save_every and (step + 1) % s.save_every == 0:
-                save(step + 1)
+                save(step + 1, unreadable)
             if run.stop:
                 raise RunError(f"stopped by a signal after step {step + 1}; go on with the same command and --resume")
     model_utils.save_checkpoint(output / "checkpoint", run.model, run.tokenizer, s.model)
@@ -642,7 +657,8 @@ def train(s: Settings, weigh: Callable = weigh_tokens) -> None:
     if run.rank == 0:
         for name, label in (("accuracy", "held-out accuracy"), ("topk", f"true frame among a response's top {s.k2}")):
             if name in measured[0]:
-                print(f"{label:40s} {measured[0][name]:.3f} -> {measured[-1][name]:.3f}   ({len(held_out)} samples)")
+                print(f"{label:40s} {measured[0][name]:.3f} -> {measured[-1][name]:.3f}   "
+                      f"({measured[-1]['samples']} samples)")
         print(f"{'samples per second (median)':40s} {np.median(rates or [0]):.2f}")
         print(f"{'checkpoint':40s} {output / 'checkpoint'}")
         print(f"{'next':40s} --algorithm dapo to compare, --model and --data for your own; log: {output / 'metrics.jsonl'}")
@@ -652,21 +668,6 @@ def open_reader(s: Settings) -> data.VideoReader:
     """The decoding processes."""
     return data.VideoReader(s.readers, s.decode_timeout, fps=s.fps, max_frames=s.max_frames, min_pixels=s.min_pixels,
                             max_pixels=s.max_pixels)
-
-
-def load_data(path: str, s: Settings, announce: bool) -> list[data.Sample]:
-    """The samples of annotation files. Missing videos are listed, and stop the run unless --skip_missing."""
-    samples = data.load_samples(path, s.video_root)
-    missing = list(dict.fromkeys(name for sample in samples for name in sample.missing))
-    if missing and announce:
-        print(f"{path}: {len(missing)} files are missing:", *missing[:10], sep="\n  ", file=sys.stderr)
-    if missing and not s.skip_missing:
-        raise data.DataError(f"{path}: {len(missing)} files are missing, the first {missing[0]}; mend --video_root, or "
-                             "leave these samples out by --skip_missing")
-    samples = [sample for sample in samples if not sample.missing]
-    if not samples:
-        raise data.DataError(f"{path}: no sample is left; mend --video_root")
-    return samples
 
 
 def describe(group: Group, tokenizer, step: int) -> dict:
@@ -699,7 +700,7 @@ def prepare_built_in(s: Settings) -> None:
             encoded.extend(model_utils.encode_prompts(model, list(test.values())))
         scores = score_prompts(model, tokenizer, test, encoded, Settings(**TINY))
         accuracy, top1 = (np.mean([score[name] for score in scores]) for name in ("accuracy", "top1"))
-        if accuracy > 0.75:  # a model that looks had stopped before, and now too little is left to learn
+        if accuracy > 0.75:  # without looking: a model that looks would have stopped at 0.5
             raise RunError("the built-in model learned to answer before it looked at the frames; try another --seed")
         return accuracy >= 0.5 and top1 >= 0.3
 
@@ -710,7 +711,8 @@ def prepare_built_in(s: Settings) -> None:
         except RunError:
             if attempt == 4:
                 raise
-        model, encoded[:] = model_utils.tiny_model(data.toy_vocabulary(), s.seed + 1000 * (attempt + 1))[0], []
+        model, _ = model_utils.tiny_model(data.toy_vocabulary(), s.seed + 1000 * (attempt + 1))
+        encoded.clear()
     model_utils.save_checkpoint(folder / "model", model, tokenizer, None)
 
 
@@ -718,7 +720,7 @@ def prepare_built_in(s: Settings) -> None:
 
 class Parser(HfArgumentParser):
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {data.escaped(' '.join(message.split()))}\n")
 
 
 def is_tiny(model: str | None, toy_folder: str) -> bool:
@@ -745,6 +747,7 @@ def parse_settings(parser: Parser, arguments: list[str] | None = None) -> Settin
     for wrong, message in (
             (s.min_pixels > s.max_pixels, f"--min_pixels {s.min_pixels} is above --max_pixels {s.max_pixels}: lower it"),
             (s.clip_low >= 1, f"--clip_low {s.clip_low}: give a number below 1"),
+            (s.beta2 >= 1, f"--beta2 {s.beta2}: give a number below 1"),
             (s.overlong_buffer > s.max_new_tokens, f"--overlong_buffer {s.overlong_buffer} is longer than "
              f"--max_new_tokens {s.max_new_tokens}: shorten it"),
             (s.minibatch_prompts and s.prompts_per_step % s.minibatch_prompts, f"--minibatch_prompts "

@@ -221,6 +221,25 @@ class Finder:
         return same[0] if len(same) == 1 else None  # of two alike, none: a guess may be another video
 
 
+def escaped(text: str) -> str:
+    """For the terminal: what is no printable character, as names and responses may hold, becomes its escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def with_files(samples: list[Sample], source: str, skip_missing: bool, announce: bool = True) -> list[Sample]:
+    """The samples whose files are there. Missing files are listed, and are an error if they may not be skipped."""
+    missing = list(dict.fromkeys(name for sample in samples for name in sample.missing))
+    if missing and announce:
+        print(f"{source}: {len(missing)} files are missing:", *map(escaped, missing[:10]), sep="\n  ", file=sys.stderr)
+    if missing and not skip_missing:
+        raise DataError(f"{source}: {len(missing)} files are missing, the first {missing[0]}; mend --video_root, or leave "
+                        "these samples out by --skip_missing")
+    present = [sample for sample in samples if not sample.missing]
+    if not present:
+        raise DataError(f"{source}: no sample is left; mend --video_root")
+    return present
+
+
 def load_samples(path, video_root=None, *, seed: int = 0) -> list[Sample]:
     """Reads annotations: Video-R1, Perception Test, NExT-GQA, SEED-Bench-R1, built-in, told by their fields.
 
@@ -390,7 +409,7 @@ def read_visual(sample: Sample, *, fps: float, max_frames: int, min_pixels: int,
                 mask_seed=None) -> Visual:
     """Decodes a sample's video and picture into patches, one full-size frame in memory at a time.
 
-    mask_seed: ints (seed, step, slot); each 14 x 14 cell of the decoded frames is blackened with probability 0.6 before
+    mask_seed: ints; each 14 x 14 cell of the decoded frames is blackened with probability 0.6 before
     resizing, alike in all frames of the sample (PAPO, arXiv 2507.06448). Raises VideoError.
     """
     if sample.missing:  # never go on without the video that the question is about

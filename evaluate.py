@@ -146,14 +146,8 @@ def load_benchmark(s: appo.Settings, benchmark: str | None = None) -> tuple[list
             sample.question = form.get("prompt", "{question}").replace("{question}", sample.question)
             sample.group = level[0] if level else sample.group
         samples += loaded
-    missing = [name for sample in samples for name in sample.missing]
-    if missing:
-        print(f"{s.data}: {len(missing)} files are missing:", *map(escaped, missing[:10]), sep="\n  ", file=sys.stderr)
-    there = [sample for sample in samples if not sample.missing]
-    if missing and not s.skip_missing or not there:
-        raise data.DataError(f"{s.data}: {len(missing)} files are missing; mend --video_root, or leave these samples "
-                             "out by --skip_missing")
-    return there, overall.pop() if len(overall) == 1 else "questions"
+    samples = data.with_files(samples, s.data, s.skip_missing)
+    return samples, overall.pop() if len(overall) == 1 else "questions"
 
 
 def read_prompts(samples: list[data.Sample], tokenizer, s: appo.Settings, bar: tqdm) -> Iterator[tuple[dict, list]]:
@@ -244,13 +238,8 @@ def summarise(records: list[dict], overall: str = "questions") -> dict[str, dict
     return table | {"all": total}
 
 
-def escaped(text: str) -> str:
-    """For the terminal: what is no printable character, as a response may hold, becomes its escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def print_table(rows: list[list]) -> None:
-    cells = [[f"{cell:.3f}" if isinstance(cell, float) else escaped(str(cell)) for cell in row] for row in rows]
+    cells = [[f"{cell:.3f}" if isinstance(cell, float) else data.escaped(str(cell)) for cell in row] for row in rows]
     first, *widths = [max(map(len, column)) for column in zip(*cells)]
     for row in cells:
         print("  ".join([row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], widths))]))
@@ -310,8 +299,8 @@ def score(options) -> None:
     print_table([["group", "n", *(COLUMNS[name] for name in names)],
                  *([group or "-", row["n"], *(row.get(name, "") for name in names)] for group, row in table.items())])
     print(f"skipped {len(skipped)} of {len(records)}",
-          *(escaped(f"{record['id']}: {record['skipped']}") for record in skipped[:10]), sep="\n  ")
-    print(f"first response: {escaped(scored[0]['response'][:400])}")
+          *(data.escaped(f"{record['id']}: {record['skipped']}") for record in skipped[:10]), sep="\n  ")
+    print(f"first response: {data.escaped(scored[0]['response'][:400])}")
     print(f"responses: {responses}; settings and results: {summary}")
 
 
@@ -405,10 +394,10 @@ def attention(options) -> None:
         accuracy = group.scores["accuracy"]
         shown = int((accuracy >= own.threshold).int().argmax())  # the first right response, else the first
         ids = group.rollout.response_ids[shown][group.rollout.response_mask[shown]]
-        question = escaped(sample.question if len(sample.question) < 90 else sample.question[:87] + "...")
+        question = data.escaped(sample.question if len(sample.question) < 90 else sample.question[:87] + "...")
         title = (f"{name}\n{question}\nanswer {sample.answer}; this response scores {accuracy[shown]:.2f}, its group "
                  f"{accuracy.mean():.2f}")
-        panels.append((title, group, shown, [escaped(tokenizer.decode([i])) for i in ids.tolist()]))
+        panels.append((title, group, shown, [data.escaped(tokenizer.decode([i])) for i in ids.tolist()]))
     draw_attention(panels, options.output)
 
 
@@ -546,7 +535,7 @@ def answer_from_text(model, tokenizer, sample: data.Sample, description: str, ma
 def decouple(options) -> None:
     """Accuracy of every pair of a perception model, which describes the video without knowing the question, and a
     reasoning model, which answers from the description: is it seeing or thinking that limits the accuracy?"""
-    s = settings_of(options.rest)
+    s = settings_of([*options.rest, "--model", options.perception.split(",")[0]])
     samples, reasoners = load_benchmark(s)[0], options.reasoning.split(",")
     asked = [replace(sample, question=DESCRIBE, options=[], kind="description") for sample in samples]
     table = [["perception / reasoning", "videos", *reasoners]]
@@ -690,7 +679,8 @@ def study(options) -> None:
     for arm in arms:
         table.append([arm] + [cell(figures[arm][name]) for name in names])
         for name in ("accuracy, after", "training") if null else ():
-            table[-1].append("-" if arm in null else cell(figures[arm][name] - np.mean([figures[one][name] for one in null], axis=0), "+"))
+            of_null = np.mean([figures[one][name] for one in null], axis=0)
+            table[-1].append("-" if arm in null else cell(figures[arm][name] - of_null, "+"))
     print(f"{len(seeds)} seeds from {options.first_seed}; mean (95% interval, bootstrap over seeds)")
     if len(null) == 2:
         print("the null, dapo:again - dapo:", *(f"{name} {cell(figures[null[1]][name] - figures[null[0]][name], '+')}"
@@ -1079,7 +1069,7 @@ def main(arguments: list[str] | None = None) -> None:
         options.rest = rest
         options.function(options)
     except (RunError, data.DataError, data.VideoError, OSError) as error:
-        parser.error(escaped(" ".join(str(error).split())))
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -173,14 +173,16 @@ def mrope_positions(input_ids: Tensor, video_grids, image_grids, seconds_per_gri
     """
     merge = config.vision_config.spatial_merge_size
     videos, images = iter(zip(video_grids, seconds_per_grid, strict=True)), iter(image_grids)
+    video, image = config.video_token_id, config.image_token_id
     ids, spans, start, index = input_ids.tolist(), [], 0, 0
     try:
         while index < len(ids):
-            if ids[index] not in (config.video_token_id, config.image_token_id):
-                spans.append(torch.full((3, 1), start))
-                start, index = start + 1, index + 1
+            if ids[index] not in (video, image):
+                count = next((i for i, one in enumerate(ids[index:]) if one in (video, image)), len(ids) - index)
+                spans.append(torch.arange(start, start + count).expand(3, -1))
+                start, index = start + count, index + count
                 continue
-            (t, h, w), seconds = next(videos) if ids[index] == config.video_token_id else (next(images), 0.0)
+            (t, h, w), seconds = next(videos) if ids[index] == video else (next(images), 0.0)
             time = (torch.arange(t, dtype=torch.float64) * seconds * config.vision_config.tokens_per_second).long()
             grid = torch.meshgrid(time, torch.arange(h // merge), torch.arange(w // merge), indexing="ij")
             span = start + torch.stack(grid).flatten(1)  # [3, t * h/2 * w/2]

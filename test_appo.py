@@ -1842,7 +1842,9 @@ def broken_data(toy, folder, broken):
 
 def test_unreadable_videos_are_left_out_and_listed(toy, tmp_path):
     broken_data(toy, tmp_path, broken=1)
-    metrics = train(toy, tmp_path / "run", data=tmp_path / "broken.json", steps=6)
+    metrics = train(toy, tmp_path / "run", data=tmp_path / "broken.json", eval_data=tmp_path / "broken.json", steps=6)
+    count = len(json.loads((tmp_path / "broken.json").read_text()))
+    assert [log["samples"] for log in model_utils.read_log(tmp_path / "run" / "held_out.jsonl")] == [count - 1] * 2
     skipped = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
     assert sum(line["skipped"] for line in metrics) == len(skipped) == 2  # two epochs
     assert {record["id"] for record in skipped} == {"broken.json:0"} and all(record["unreadable"] for record in skipped)
@@ -1950,6 +1952,7 @@ def test_gradient_of_the_objective_by_finite_differences(tiny, algorithm):
     (["--k3", "0"], "--k3 0"),
     (["--clip_low", "-0.1"], "--clip_low -0.1"),
     (["--clip_low", "1.5"], "--clip_low 1.5"),
+    (["--beta2", "1"], "--beta2 1"),
     (["--learning_rate", "nan"], "--learning_rate nan"),
     (["--strategy", "medium"], "medium"),
     (["--algorithm", "ppo"], "ppo"),
@@ -2271,7 +2274,7 @@ def test_focus_difference_by_hand():
 
 
 def test_terminal_text_is_escaped():
-    assert evaluate.escaped("a\x1b[31m\n\u202eb\x9b\ud800 \u00e9") == "a\\x1b[31m\\n\\u202eb\\x9b\\ud800 \u00e9"
+    assert data.escaped("a\x1b[31m\n\u202eb\x9b\ud800 \u00e9") == "a\\x1b[31m\\n\\u202eb\\x9b\\ud800 \u00e9"
 
 
 # ---- the benchmarks' own records
