@@ -690,7 +690,7 @@ def prepare_built_in(s: Settings) -> None:
     if s.model != str(folder / "model") or (folder / "model" / "config.json").exists():
         return
     torch.set_num_threads(1)  # as in load_model
-    model, tokenizer = model_utils.tiny_model(data.toy_vocabulary(), s.seed)
+    _, tokenizer = model_utils.tiny_model(data.toy_vocabulary())  # it is the same for every start
     test = {n: data.toy_prompt(np.random.default_rng((s.seed, 3, n)), tokenizer, n % 8)[0] for n in range(128)}
     lessons, encoded = data.toy_lessons(tokenizer, 1024, s.seed), []
 
@@ -705,14 +705,14 @@ def prepare_built_in(s: Settings) -> None:
         return accuracy >= 0.5 and top1 >= 0.3
 
     for attempt in range(5):  # some random starts answer from what the question's tokens have seen, and do not look
+        model, _ = model_utils.tiny_model(data.toy_vocabulary(), s.seed + 1000 * attempt)
+        encoded.clear()
         try:
             model_utils.warm_up(model, lessons, good_enough)
             break
         except RunError:
             if attempt == 4:
                 raise
-        model, _ = model_utils.tiny_model(data.toy_vocabulary(), s.seed + 1000 * (attempt + 1))
-        encoded.clear()
     model_utils.save_checkpoint(folder / "model", model, tokenizer, None)
 
 
