@@ -34,7 +34,7 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 
 import data
 import model_utils
-from model_utils import EncodedPrompt, HeadLogits, Policy, Rollout, RunError
+from model_utils import EncodedPrompt, Policy, Rollout, RunError
 
 
 @dataclass
@@ -177,9 +177,8 @@ def perception_token_weights(frame_attention: Tensor, logits: Tensor, response_m
     their positions. The j-th tokens of the responses are compared, D_j = sum_i KL(p_ij || mean_i p_ij), over the
     responses that have a j-th token; D is min-max normalised over j; a token gets the mean over the frames that chose it.
 
-    Args: frame_attention [G, R, F]; logits [G, R, V] of the distribution each token was sampled from (-inf: excluded),
-        or anything that gives [U, G, V] for `logits[rows, tokens]`, indices [U, G]; response_mask bool [G, R]; crucial
-        bool [F].
+    Args: frame_attention [G, R, F]; logits [G, R, V] of the distribution each token was sampled from (-inf: excluded);
+        response_mask bool [G, R]; crucial bool [F].
     Returns: float32 [G, R] in [1, 1 + alpha]; 1 in the padding and where no frame chose.
     Example: one crucial frame, two responses of two tokens that differ at the second alone: D = [0, D_2] -> W = [1, 1 + alpha].
     """
@@ -303,7 +302,7 @@ class Group:
     updates: list[dict[str, float]] = field(default_factory=list)  # metrics of each pass of the update
 
 
-def weigh_tokens(group: Group, logits: HeadLogits, s: Settings) -> Tensor | None:
+def weigh_tokens(group: Group, logits: Tensor | None, s: Settings) -> Tensor | None:
     """The token weights of APPO [G, R]; None: none. A study of other weightings hands its own function to `train`."""
     if s.alpha == 0:
         return None
@@ -420,23 +419,24 @@ def update(run: Run, groups: dict[int, Group], roster: list[tuple[int, int, bool
     s, norms = run.settings, []
 
     def passes(part: list[tuple[int, int, bool]], masked: bool = False):
-        """(group, log_probs, hidden) of this process's groups that learn, then (None, ...) for its dummies."""
+        """(group, log_probs, logits) of this process's groups that learn, then (None, ...) for its dummies."""
         mine = [groups[position] for position, rank, learning in part if learning and rank == run.rank]
         for group in mine:
             prompt = group.masked_prompt if masked else group.rollout.prompt
-            yield group, *run.policy(prompt, group.rollout.response_ids, group.rollout.response_mask)
+            weighs = s.alpha > 0 and group.old_log_probs is None and not masked
+            yield group, *run.policy(prompt, group.rollout.response_ids, group.rollout.response_mask, keep_logits=weighs)
         most = max(Counter(rank for _, rank, learning in part if learning).values(), default=1)
         for _ in range(most - len(mine)):
             yield None, *run.policy(*model_utils.dummy_group(run.model))
 
     @torch.no_grad()
-    def record(group: Group, log_probs: Tensor, hidden: Tensor) -> None:
+    def record(group: Group, log_probs: Tensor, logits: Tensor | None) -> None:
         """The constants of the loss, and what is logged with them."""
         mask = group.rollout.response_mask
         group.old_log_probs = log_probs.detach()
         run.lap("update")
         # 6. token weights
-        group.token_weights = run.weigh(group, HeadLogits(run.model, hidden, s.temperature), s)
+        group.token_weights = run.weigh(group, logits, s)
         run.lap("weights")
         if run.reference is not None:
             group.ref_log_probs = run.reference(group.rollout.prompt, group.rollout.response_ids, mask)[0]
@@ -452,16 +452,17 @@ def update(run: Run, groups: dict[int, Group], roster: list[tuple[int, int, bool
             if group is not None:
                 group.masked_log_probs = log_probs
         # with one minibatch, the first pass of the update records: the policy has not changed before it
-        for group, *outputs in passes(roster) if len(minibatches) > 1 else ():
+        for group, log_probs, logits in passes(roster) if len(minibatches) > 1 else ():
             if group is not None:
-                record(group, *outputs)
+                record(group, log_probs, logits)
     for part in minibatches * s.updates_per_batch:
-        for group, log_probs, *outputs in passes(part):
+        for group, log_probs, logits in passes(part):
             if group is None:
                 (log_probs.sum() * 0).backward()
                 continue
             if group.old_log_probs is None:
-                record(group, log_probs, *outputs)
+                record(group, log_probs, logits)
+            del logits  # large
             # 7. update
             loss, metrics = clipped_surrogate_loss(
                 log_probs, group.old_log_probs, group.advantages, group.rollout.response_mask, average=s.average,
@@ -572,7 +573,7 @@ def set_up(s: Settings, weigh: Callable) -> Run:
     reference = model_utils.frozen_policy(model, s.temperature) if s.kl_coef else None
     policy = Policy(model, s.temperature)
     if s.gradient_checkpointing:
-        policy.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        model_utils.recompute_activations(policy.language_model)
     policy = model_utils.shard(policy, device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=s.learning_rate, betas=(0.9, s.beta2), weight_decay=0.0)
     return Run(s, model, tokenizer, policy, reference, optimizer, rank, world, weigh)

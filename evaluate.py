@@ -904,7 +904,7 @@ def throughput(options) -> None:
         plain_optimizer = torch.optim.AdamW(plain_parameters, lr=1e-6, weight_decay=0.0)
     if options.gradient_checkpointing:
         for trained in (policy.language_model, *([plain.model.language_model] if options.against_plain else [])):
-            trained.train().gradient_checkpointing_enable({"use_reentrant": False})
+            model_utils.recompute_activations(trained.train())
     policy = model_utils.shard(policy, device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0)
     runs = {}

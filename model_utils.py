@@ -444,9 +444,9 @@ class Policy(nn.Module):
         self.register_buffer("excluded", excluded_token_ids(model), persistent=False)
         self.float().requires_grad_(True).train()
 
-    def forward(self, prompt: EncodedPrompt, response_ids: Tensor, response_mask: Tensor):
-        """response_ids [G, R] and response_mask bool [G, R] -> log_probs [G, R], 0 in the padding, and the hidden states
-        [G, R, H] whose head gives each token's distribution (no gradient)."""
+    def forward(self, prompt: EncodedPrompt, response_ids: Tensor, response_mask: Tensor, keep_logits: bool = False):
+        """response_ids [G, R] and response_mask bool [G, R] -> log_probs [G, R], 0 in the padding, and with keep_logits the
+        logits [G, R, V] of the distributions the tokens were sampled from, in the compute type, no gradient; else None."""
         row, column = response_mask.nonzero(as_tuple=True)  # [T] each: the real tokens, response after response
         prompt_length, total = len(prompt.input_ids), len(row)
         owner = torch.cat([row.new_full((prompt_length,), -1), row])  # -1: the prompt, else the response
@@ -460,17 +460,26 @@ class Policy(nn.Module):
         # a token's distribution comes from the place before it; a first token's from the end of the prompt
         source = torch.where(column == 0, prompt_length - 1, order[prompt_length:] - 1)
         hidden, targets = hidden[source], response_ids[response_mask]  # [T, H], [T]
-        # checkpointed chunks: the logits [T, V] of a 3B model would be the largest tensor of the whole update
-        log_probs = torch.cat([checkpoint(self.head, h, y, use_reentrant=False)
-                               for h, y in zip(hidden.split(512), targets.split(512))])
-        kept = hidden.new_zeros(*response_mask.shape, hidden.shape[-1])
-        kept[response_mask] = hidden.detach()
+        log_probs, kept = [], hidden.new_zeros(*response_ids.shape, len(self.lm_head.weight)) if keep_logits else None
+        # checkpointed chunks: the fp32 logits [T, V] of a 3B model would be the largest tensor of the whole update
+        for h, y, i, j in zip(*(x.split(512) for x in (hidden, targets, row, column))):
+            part, logits = checkpoint(self.head, h, y, use_reentrant=False)
+            log_probs.append(part)
+            if keep_logits:
+                kept[i, j] = logits.detach().to(kept.dtype)
+        log_probs = torch.cat(log_probs)
         return log_probs.new_zeros(response_mask.shape).masked_scatter(response_mask, log_probs), kept
 
-    def head(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """hidden [T, H], targets [T] -> log-probabilities [T]."""
+    def head(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden [T, H], targets [T] -> log-probabilities [T], logits [T, V]."""
         logits = sampling_logits(self.lm_head(hidden), self.excluded, self.temperature)
-        return logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+        return logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0], logits
+
+
+def recompute_activations(language_model) -> None:
+    """Gradient checkpointing of the layers: about a third more time for the update, much less memory."""
+    name = "activation_checkpointing_enable"  # transformers renamed it after 5.17
+    getattr(language_model, name if hasattr(language_model, name) else "gradient_checkpointing_enable")()
 
 
 def frozen_policy(model, temperature: float) -> Policy:
@@ -488,19 +497,6 @@ def dummy_group(model) -> tuple[EncodedPrompt, Tensor, Tensor]:
     prompt = EncodedPrompt(one, one.new_zeros(3, 1), 1, one < 0, torch.empty(0, model.config.text_config.hidden_size,
                            device=model.device), one.new_full((1,), -1), 0)
     return prompt, one[None], torch.ones(1, 1, dtype=torch.bool, device=model.device)
-
-
-@dataclass
-class HeadLogits:
-    """The logits [G, R, V] of a group as `logits[rows, tokens]`, computed for the tokens that are asked for alone."""
-    model: nn.Module  # the rollout model: its head is a plain copy of the policy's
-    hidden: Tensor  # [G, R, H]
-    temperature: float
-
-    def __getitem__(self, index) -> Tensor:
-        with torch.no_grad():
-            hidden = self.hidden[index].to(self.model.dtype)
-            return sampling_logits(self.model.lm_head(hidden), excluded_token_ids(self.model), self.temperature)
 
 
 # --------------------------------------------------------------------------------------- processes and precision

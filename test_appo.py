@@ -1580,15 +1580,14 @@ def test_packed_equals_plain_forward_and_gradient(tiny):
         mask = torch.arange(7) < torch.tensor([7, 1, 4, 6])[:, None]
         upstream = torch.randn(4, 7, generator=torch.Generator().manual_seed(n))
         encoded = model_utils.encode_prompts(model, [prompt])[0]
-        log_probs, hidden = policy(encoded, ids, mask)
+        log_probs, kept = policy(encoded, ids, mask, keep_logits=True)
         (log_probs * upstream).sum().backward()
         plain.zero_grad()
         for g in range(4):
             expected, logits, _ = plain_forward(plain, prompt, ids[g][mask[g]], 0.8)
             (expected * upstream[g][mask[g]]).sum().backward()
             torch.testing.assert_close(log_probs[g][mask[g]], expected, rtol=0, atol=1e-5)
-            lazy = model_utils.HeadLogits(model, hidden, 0.8)[torch.full_like(ids[g][mask[g]], g), mask[g].nonzero()[:, 0]]
-            torch.testing.assert_close(lazy, logits, rtol=0, atol=1e-5)
+            torch.testing.assert_close(kept[g][mask[g]], logits, rtol=0, atol=1e-5)
         assert (log_probs[~mask] == 0).all()
         theirs = dict(plain.named_parameters())
         for name, parameter in policy.named_parameters():
@@ -1636,7 +1635,7 @@ def test_gradient_checkpointing_changes_nothing(tiny):
     for checkpointing in (False, True):
         policy = model_utils.Policy(model)
         if checkpointing:
-            policy.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+            model_utils.recompute_activations(policy.language_model)
         policy(model_utils.encode_prompts(model, [prompt])[0], ids, mask)[0].sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-6)
@@ -1920,11 +1919,10 @@ def test_gradient_of_the_objective_by_finite_differences(tiny, algorithm):
     policy = model_utils.Policy(model)
     mask, ids = group.response_mask, group.response_ids
     with torch.no_grad():
-        start, hidden = policy(encoded, ids, mask)
+        start, logits = policy(encoded, ids, mask, keep_logits=True)
         old, ref = start + 0.1 * torch.randn(start.shape, generator=torch.Generator().manual_seed(0)), start - 0.3
         masked_log_probs = policy(masked, ids, mask)[0]
-        weights = appo.perception_token_weights(group.frame_attention, model_utils.HeadLogits(model, hidden, 1.0), mask,
-                                                torch.tensor([True, False, True]), alpha=s.alpha)
+        weights = appo.perception_token_weights(group.frame_attention, logits, mask, torch.tensor([True, False, True]), alpha=s.alpha)
     advantages = torch.tensor([1.0, -0.5, 0.25, -0.75])
 
     def objective():
