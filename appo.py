@@ -84,8 +84,8 @@ class Settings:
     warmup_steps: int = HfArg(default=0, help="steps over which the learning rate rises to its value")
     beta2: float = HfArg(default=0.999, help="second beta of AdamW")
     max_grad_norm: float = HfArg(default=1.0, help="gradient clipping")
-    no_cuda_graph: bool = HfArg(default=False, help="decode without recorded GPU kernels: slower")
-    gradient_checkpointing: bool = HfArg(default=False, help="recompute activations in the backward pass: less memory")
+    cuda_graph: bool = HfArg(default=True, help="on a GPU, record the kernels of a decoding step and replay them")
+    gradient_checkpointing: bool = HfArg(default=True, help="recompute activations in the backward pass: much less memory")
     # video
     fps: float = HfArg(default=1.0, help="frames a second")
     max_frames: int = HfArg(default=16, help="frames a video (paper: 16 for 7B, 30 for 3B, 100 for grounding)")
@@ -122,7 +122,7 @@ PRESETS = {
 }
 # What suits the tiny built-in model: a short task, small pictures and 8 visual steps.
 TINY = dict(k1=4, k2=2, k3=6, attention_layers=2, max_new_tokens=18, min_pixels=3136, max_pixels=3136, steps=100,
-            updates_per_batch=2, learning_rate=3e-4, warmup_steps=5, beta2=0.95)
+            updates_per_batch=2, learning_rate=3e-4, warmup_steps=5, beta2=0.95, gradient_checkpointing=False)
 
 
 # ------------------------------------------------------------------------------- the algorithm, as pure functions
@@ -323,7 +323,7 @@ class Run:
     world: int
     weigh: Callable = weigh_tokens
     position: int = 0  # prompts drawn so far, over all processes
-    asked: bool = False  # this process was asked to stop by a signal
+    asked: float = 0.0  # when a signal first asked this process to stop
     stop: bool = False  # one of them was; they agree on it once a step
     seconds: Counter = field(default_factory=Counter)
     last: float = 0.0
@@ -373,7 +373,7 @@ def roll_out(run: Run, prompts: dict[int, data.Prompt]) -> list[Group]:
             (s.group_size, s.max_new_tokens)) for position in part])
         rollouts = model_utils.rollout(run.model, encoded, torch.from_numpy(uniforms), temperature=s.temperature,
                                        attention_layers=s.attention_layers if s.alpha else 0,
-                                       cuda_graph=not s.no_cuda_graph)
+                                       cuda_graph=s.cuda_graph)
         run.lap("rollout")
         for position, rollout, masked_prompt in zip(part, rollouts, masked):
             prompt, mask = prompts[position], rollout.response_mask
@@ -448,7 +448,7 @@ def update(run: Run, groups: dict[int, Group], roster: list[tuple[int, int, bool
     size = s.minibatch_prompts or s.prompts_per_step
     minibatches = [roster[i:i + size] for i in range(0, len(roster), size)]
     with torch.no_grad():
-        for group, log_probs, *_ in passes(roster, masked=True) if s.masked_video else ():
+        for group, log_probs, _ in passes(roster, masked=True) if s.masked_video else ():
             if group is not None:
                 group.masked_log_probs = log_probs
         # with one minibatch, the first pass of the update records: the policy has not changed before it
@@ -575,7 +575,8 @@ def set_up(s: Settings, weigh: Callable) -> Run:
     if s.gradient_checkpointing:
         model_utils.recompute_activations(policy.language_model)
     policy = model_utils.shard(policy, device)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=s.learning_rate, betas=(0.9, s.beta2), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=s.learning_rate, betas=(0.9, s.beta2), weight_decay=0.0,
+                                  fused=device.type == "cuda")  # else a step makes a copy of the second moments
     return Run(s, model, tokenizer, policy, reference, optimizer, rank, world, weigh)
 
 
@@ -592,15 +593,18 @@ def train(s: Settings, weigh: Callable = weigh_tokens) -> None:
     output, steps = Path(s.output), s.steps or math.ceil(s.epochs * len(samples) / s.prompts_per_step)
     done = model_utils.open_run_folder(output, asdict(s), free=(  # what may differ from the run that is resumed
         "output", "steps", "epochs", "save_every", "keep", "eval_every", "readers", "decode_timeout", "rollout_groups",
-        "gradient_checkpointing", "no_cuda_graph"))
+        "gradient_checkpointing", "cuda_graph"))
     if done.get("checkpoint"):
         model_utils.load_checkpoint(done["checkpoint"], run.model, run.policy, run.optimizer)
         run.position = done["position"]
 
     def on_signal(number: int, _) -> None:
-        """Stop after this step, with a checkpoint; a second signal ends at once."""
-        run.asked = True
-        signal.signal(number, signal.SIG_DFL)
+        """Stop after this step, with a checkpoint; asked again later, end at once. Within 5 s it is the same wish: Ctrl-C
+        comes from the terminal and from torchrun."""
+        if run.asked and time.monotonic() > run.asked + 5:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        run.asked = run.asked or time.monotonic()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)

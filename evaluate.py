@@ -896,9 +896,10 @@ def throughput(options) -> None:
     policy = model_utils.Policy(model)
     reference = model_utils.frozen_policy(model, 1.0) if "grpo" in algorithms else None
     if options.against_plain:  # a twin
-        plain = Qwen2_5_VLForConditionalGeneration._from_config(copy.deepcopy(model.config), dtype=dtype)
+        with device:
+            plain = Qwen2_5_VLForConditionalGeneration._from_config(copy.deepcopy(model.config), dtype=dtype)
         plain.load_state_dict(model.state_dict())
-        plain.to(device).eval().generation_config = copy.deepcopy(model.generation_config)
+        plain.eval().generation_config = copy.deepcopy(model.generation_config)
         plain.model.visual.requires_grad_(False)
         plain_parameters = [p for p in plain.parameters() if p.requires_grad]
         plain_optimizer = torch.optim.AdamW(plain_parameters, lr=1e-6, weight_decay=0.0)
@@ -906,7 +907,7 @@ def throughput(options) -> None:
         for trained in (policy.language_model, *([plain.model.language_model] if options.against_plain else [])):
             model_utils.recompute_activations(trained.train())
     policy = model_utils.shard(policy, device)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0, fused=device.type == "cuda")
     runs = {}
     for name in algorithms:
         s = appo.Settings(

@@ -507,6 +507,8 @@ def init_processes() -> tuple[int, int, torch.device]:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+        # its backward pass of masked attention gives NaN at some lengths (torch 2.11 to 2.13), and it plans anew for each
+        torch.backends.cuda.enable_cudnn_sdp(False)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
@@ -528,6 +530,7 @@ def refresh(model, policy: Policy) -> None:
     """Copy the policy's weights into the rollout model, in place."""
     targets = nn.ModuleList([model.model.language_model, model.lm_head]).parameters()
     for target, source in zip(targets, policy.parameters(), strict=True):
+        source = source.to(target.dtype)  # first: half as many bytes to gather
         target.copy_(source.full_tensor() if isinstance(source, DTensor) else source)
 
 

@@ -2026,7 +2026,8 @@ def test_a_signal_saves_and_says_how_to_go_on(toy, tmp_path):
     process = subprocess.Popen(**command(arguments))
     while process.poll() is None and not (tmp_path / "run" / "metrics.jsonl").exists():
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)  # as on Ctrl-C under torchrun
     said, _ = process.communicate(timeout=30)
     assert process.returncode == 2 and "--resume" in said
     step = len(metrics_of(tmp_path / "run"))
