@@ -726,6 +726,8 @@ def random_model(folder: str | None):
     with device:
         model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype,
                                                                 attn_implementation="grouped_decoding")
+    if device.type == "cuda":
+        model_utils.multiply_patches(model)
     model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id)
     return model.eval().requires_grad_(False), tokenizer
 
@@ -899,6 +901,8 @@ def throughput(options) -> None:
         with device:
             plain = Qwen2_5_VLForConditionalGeneration._from_config(copy.deepcopy(model.config), dtype=dtype)
         plain.load_state_dict(model.state_dict())
+        if device.type == "cuda":
+            model_utils.multiply_patches(plain)
         plain.eval().generation_config = copy.deepcopy(model.generation_config)
         plain.model.visual.requires_grad_(False)
         plain_parameters = [p for p in plain.parameters() if p.requires_grad]

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, DynamicCache, GenerationConfig, Qwen2_5_VLConfig
@@ -61,7 +62,17 @@ def load_model(name: str, device: torch.device):
         raise RunError(f"{name}: the weights lack {len(holes)} tensors, the first {holes[0]}; get the whole checkpoint")
     if getattr(config, "appo_built_in", False):
         torch.set_num_threads(1)  # for operations this small, threads mostly wait for each other
-    return model.to(device).eval().requires_grad_(False), tokenizer
+    model = model.to(device).eval().requires_grad_(False)
+    if device.type == "cuda":
+        multiply_patches(model)
+    return model, tokenizer
+
+
+def multiply_patches(model) -> None:
+    """Embed patches by one matrix product. It is a convolution of which every step is a patch of its own, and some
+    versions of torch and cuDNN take thousands of times as long for that in bf16."""
+    embed = model.model.visual.patch_embed
+    embed.forward = lambda patches: functional.linear(patches.to(embed.proj.weight.dtype), embed.proj.weight.flatten(1))
 
 
 def compute_type(device: torch.device) -> torch.dtype:

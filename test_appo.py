@@ -1596,6 +1596,15 @@ def test_packed_equals_plain_forward_and_gradient(tiny):
             assert (parameter.grad - other).abs().max() <= 1e-5 * scale, name
 
 
+def test_patches_by_a_matrix_product(tiny):
+    """What replaces the convolution on a GPU."""
+    model, prompts = tiny[0], prompts_of(tiny[0].config)
+    twin = copy.deepcopy(model)
+    model_utils.multiply_patches(twin)
+    for ours, theirs in zip(model_utils.encode_prompts(twin, prompts), model_utils.encode_prompts(model, prompts)):
+        torch.testing.assert_close(ours.visual_embeds, theirs.visual_embeds, rtol=0, atol=1e-5)
+
+
 def test_padding_has_no_gradient_and_changes_nothing(tiny):
     model, prompt = tiny[0], prompts_of(tiny[0].config)[0]
     policy, encoded = model_utils.Policy(model), model_utils.encode_prompts(model, [prompt])[0]
