@@ -84,8 +84,9 @@ class Settings:
     warmup_steps: int = HfArg(default=0, help="steps over which the learning rate rises to its value")
     beta2: float = HfArg(default=0.999, help="second beta of AdamW")
     max_grad_norm: float = HfArg(default=1.0, help="gradient clipping")
-    cuda_graph: bool = HfArg(default=True, help="on a GPU, record the kernels of a decoding step and replay them")
-    gradient_checkpointing: bool = HfArg(default=True, help="recompute activations in the backward pass: much less memory")
+    cuda_graph: bool = HfArg(default=True, help="whether a GPU records a decoding step's kernels and replays them")
+    gradient_checkpointing: bool = HfArg(default=True, help="whether layers are computed again in the backward pass, for "
+                                         "much less memory")
     # video
     fps: float = HfArg(default=1.0, help="frames a second")
     max_frames: int = HfArg(default=16, help="frames a video (paper: 16 for 7B, 30 for 3B, 100 for grounding)")
@@ -323,8 +324,8 @@ class Run:
     world: int
     weigh: Callable = weigh_tokens
     position: int = 0  # prompts drawn so far, over all processes
-    asked: float = 0.0  # when a signal first asked this process to stop
-    stop: bool = False  # one of them was; they agree on it once a step
+    asked: float = 0.0  # when a signal first asked this process to stop; 0: not yet
+    stop: bool = False  # some process was asked; they agree on it once a step
     seconds: Counter = field(default_factory=Counter)
     last: float = 0.0
 
@@ -455,6 +456,7 @@ def update(run: Run, groups: dict[int, Group], roster: list[tuple[int, int, bool
         for group, log_probs, logits in passes(roster) if len(minibatches) > 1 else ():
             if group is not None:
                 record(group, log_probs, logits)
+            del logits  # large
     for part in minibatches * s.updates_per_batch:
         for group, log_probs, logits in passes(part):
             if group is None:
@@ -462,7 +464,7 @@ def update(run: Run, groups: dict[int, Group], roster: list[tuple[int, int, bool
                 continue
             if group.old_log_probs is None:
                 record(group, log_probs, logits)
-            del logits  # large
+            del logits
             # 7. update
             loss, metrics = clipped_surrogate_loss(
                 log_probs, group.old_log_probs, group.advantages, group.rollout.response_mask, average=s.average,
@@ -599,8 +601,8 @@ def train(s: Settings, weigh: Callable = weigh_tokens) -> None:
         run.position = done["position"]
 
     def on_signal(number: int, _) -> None:
-        """Stop after this step, with a checkpoint; asked again later, end at once. Within 5 s it is the same wish: Ctrl-C
-        comes from the terminal and from torchrun."""
+        """Stop after this step, with a checkpoint; asked again later, end at once. Within 5 s it is the same wish: a job
+        manager signals every process, and torchrun passes its own signal on."""
         if run.asked and time.monotonic() > run.asked + 5:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)

@@ -819,7 +819,7 @@ def usual_work(plain, optimizer, groups: dict[int, appo.Group], s: appo.Settings
             chosen = rollout.response_ids[:, input_ids.shape[1] - start, None]
             return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
 
-        plain.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
+        plain.eval().set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
         lap("setup")
         with torch.no_grad(), inner_phases(plain) as inner:
             output = plain.generate(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, **video,
@@ -839,6 +839,7 @@ def usual_work(plain, optimizer, groups: dict[int, appo.Group], s: appo.Settings
         del output
         lap("weights")
         plain.set_attn_implementation("sdpa")
+        plain.model.language_model.train()  # layers are computed again in training mode alone
         after = (encoded.next_position + torch.arange(length, device=device)).expand(3, group_size, -1)
         sequences = torch.cat([ids, rollout.response_ids], 1)
         logits = plain(input_ids=sequences, attention_mask=torch.ones_like(sequences), **video, use_cache=False,
@@ -906,10 +907,10 @@ def throughput(options) -> None:
         plain.eval().generation_config = copy.deepcopy(model.generation_config)
         plain.model.visual.requires_grad_(False)
         plain_parameters = [p for p in plain.parameters() if p.requires_grad]
-        plain_optimizer = torch.optim.AdamW(plain_parameters, lr=1e-6, weight_decay=0.0)
+        plain_optimizer = torch.optim.AdamW(plain_parameters, lr=1e-6, weight_decay=0.0, fused=device.type == "cuda")
     if options.gradient_checkpointing:
         for trained in (policy.language_model, *([plain.model.language_model] if options.against_plain else [])):
-            model_utils.recompute_activations(trained.train())
+            model_utils.recompute_activations(trained)
     policy = model_utils.shard(policy, device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0, fused=device.type == "cuda")
     runs = {}
@@ -1054,7 +1055,7 @@ def command_line() -> argparse.ArgumentParser:
         algorithms=dict(default="appo,dapo,grpo", help="the first is compared with the usual way and swept"),
         against_plain=dict(action="store_true", help="run the usual way on the same prompts and responses"),
         sweep=dict(action="store_true", help="growth with the group size and with the frames"),
-        gradient_checkpointing=dict(action="store_true", help="as in appo.py"),
+        gradient_checkpointing=dict(action="store_true", help="compute layers again in the backward pass"),
         frames=dict(type=positive, default=30, help="frames a video"), group=dict(type=positive, default=8, help="G"),
         new_tokens=dict(type=positive, default=48, help="tokens of every response"),
         prompts=dict(type=positive, default=1, help="groups a step"),

@@ -29,7 +29,6 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, DynamicCache, GenerationConfig, Qwen2_5_VLConfig
@@ -69,10 +68,10 @@ def load_model(name: str, device: torch.device):
 
 
 def multiply_patches(model) -> None:
-    """Embed patches by one matrix product. It is a convolution of which every step is a patch of its own, and some
-    versions of torch and cuDNN take thousands of times as long for that in bf16."""
-    embed = model.model.visual.patch_embed
-    embed.forward = lambda patches: functional.linear(patches.to(embed.proj.weight.dtype), embed.proj.weight.flatten(1))
+    """Embed patches by one matrix product. It is a convolution whose kernel covers a whole patch, and some GPUs and
+    versions of torch are reported to take thousands of times as long for that in bf16 (transformers issue 45750)."""
+    weight = model.model.visual.patch_embed.proj.weight
+    model.model.visual.patch_embed.forward = lambda patches: nn.functional.linear(patches, weight.flatten(1))
 
 
 def compute_type(device: torch.device) -> torch.dtype:
@@ -287,7 +286,7 @@ class GroupedCache:
                  attention_layers: int):
         n, device = len(prompts), prompts[0].input_ids.device
         lengths = [len(prompt.input_ids) - 1 for prompt in prompts]  # the last token is the first decoding step's
-        longest = max(lengths) + -max(lengths) % 8  # rows of whole 16 bytes, which GPUs multiply faster
+        longest = max(lengths) + -max(lengths) % 8  # rows of whole 16 bytes suit a GPU
         num_layers, first = len(caches[0].layers), caches[0].layers[0].keys  # [1, kv_heads, P - 1, D]
         heads, head_dim = first.shape[1], first.shape[3]
         self.group_size, self.width = group_size, max_new_tokens
@@ -479,6 +478,7 @@ class Policy(nn.Module):
             log_probs.append(part)
             if keep_logits:
                 kept[i, j] = logits.detach().to(kept.dtype)
+            del logits  # before the next chunk's
         log_probs = torch.cat(log_probs)
         return log_probs.new_zeros(response_mask.shape).masked_scatter(response_mask, log_probs), kept
 
@@ -519,7 +519,7 @@ def init_processes() -> tuple[int, int, torch.device]:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-        # its backward pass of masked attention gives NaN at some lengths (torch 2.11 to 2.13), and it plans anew for each
+        # its backward pass of masked attention is reported to give NaN at some lengths (pytorch issue 196678)
         torch.backends.cuda.enable_cudnn_sdp(False)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if not dist.is_initialized():
@@ -542,7 +542,7 @@ def refresh(model, policy: Policy) -> None:
     """Copy the policy's weights into the rollout model, in place."""
     targets = nn.ModuleList([model.model.language_model, model.lm_head]).parameters()
     for target, source in zip(targets, policy.parameters(), strict=True):
-        source = source.to(target.dtype)  # first: half as many bytes to gather
+        source = source.to(target.dtype)  # before the gather: half the bytes
         target.copy_(source.full_tensor() if isinstance(source, DTensor) else source)
 
 

@@ -2035,8 +2035,9 @@ def test_a_signal_saves_and_says_how_to_go_on(toy, tmp_path):
     process = subprocess.Popen(**command(arguments))
     while process.poll() is None and not (tmp_path / "run" / "metrics.jsonl").exists():
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGTERM)  # as on Ctrl-C under torchrun
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)  # so soon, it is part of the same wish
     said, _ = process.communicate(timeout=30)
     assert process.returncode == 2 and "--resume" in said
     step = len(metrics_of(tmp_path / "run"))
@@ -2569,8 +2570,11 @@ def test_throughput_command(bench, tmp_path, capsys):
 
 def test_throughput_growth(bench, tmp_path, capsys):
     measure(capsys, "throughput", "--model", bench / "model", "--random_weights", "--frames", 2, "--group", 2, "--new_tokens", 2,
-            "--repetitions", 1, "--algorithms", "dapo", "--sweep", "--gradient_checkpointing", "--output", tmp_path / "t.json")
-    growth = json.loads((tmp_path / "t.json").read_text())["growth"]
+            "--repetitions", 1, "--algorithms", "dapo", "--sweep", "--gradient_checkpointing", "--against_plain",
+            "--output", tmp_path / "t.json")
+    result = json.loads((tmp_path / "t.json").read_text())
+    assert result["largest_difference"]["log_probs"] < 1e-5
+    growth = result["growth"]
     assert [(row["group"], row["frames"]) for row in growth] == [(2, 2), (4, 2), (8, 2), (16, 2), (2, 8), (2, 16), (2, 32), (2, 64)]
     assert growth[-1]["prefill"] > growth[-4]["prefill"]  # 64 frames, 8 frames
 
