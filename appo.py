@@ -568,10 +568,9 @@ def score_held_out(run: Run, samples: list[data.Sample], reader: data.VideoReade
 
 # -------------------------------------------------------------------------------------------------------- the run
 
-def set_up(s: Settings, weigh: Callable) -> Run:
-    """Rollout model, sharded policy, optimizer."""
+def set_up(s: Settings, model, tokenizer, weigh: Callable = weigh_tokens) -> Run:
+    """Sharded policy, reference and optimizer beside the rollout model."""
     rank, world, device = model_utils.init_processes()
-    model, tokenizer = model_utils.load_model(s.model, device)
     reference = model_utils.frozen_policy(model, s.temperature) if s.kl_coef else None
     policy = Policy(model, s.temperature)
     if s.gradient_checkpointing:
@@ -585,13 +584,14 @@ def set_up(s: Settings, weigh: Callable) -> Run:
 def train(s: Settings, weigh: Callable = weigh_tokens) -> None:
     """The training loop: steps, logs, checkpoints. Randomness derives from (seed or rollout_seed, position in the stream)
     alone, so no random state is kept, and a resumed run and one over more processes give the same numbers."""
-    rank, _, _ = model_utils.init_processes()
+    rank, _, device = model_utils.init_processes()
     if rank == 0:
         prepare_built_in(s)
     dist.barrier()
     samples, held_out = (data.with_files(data.load_samples(path, s.video_root), path, s.skip_missing, rank == 0)
                          if path else [] for path in (s.data, s.eval_data))
-    run = set_up(s, weigh)  # after the data: a mistake in them shows before a large model is loaded
+    # after the data: a mistake in them shows before a large model is loaded
+    run = set_up(s, *model_utils.load_model(s.model, device), weigh)
     output, steps = Path(s.output), s.steps or math.ceil(s.epochs * len(samples) / s.prompts_per_step)
     done = model_utils.open_run_folder(output, asdict(s), free=(  # what may differ from the run that is resumed
         "output", "steps", "epochs", "save_every", "keep", "eval_every", "readers", "decode_timeout", "rollout_groups",

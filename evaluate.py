@@ -701,9 +701,18 @@ PHASES = ("embed", "prefill", "decode", "score", "weights", "update")
 USUAL = "usual way"
 
 
+def from_config(config, **more):
+    """A model with random weights, where and in the type in which models run."""
+    device, dtype = place()
+    with device:
+        model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype, **more)
+    if device.type == "cuda":
+        model_utils.multiply_patches(model)  # as load_model does
+    return model.eval()
+
+
 def random_model(folder: str | None):
     """(model, tokenizer) with random weights: of a configuration folder, or of 12 layers and 512 wide."""
-    device, dtype = place()
     if folder is None:
         small, tokenizer = model_utils.tiny_model([f"w{i}" for i in range(32_760)])
         config = small.config.to_dict()
@@ -723,13 +732,9 @@ def random_model(folder: str | None):
             reason = str(error).splitlines()[0]
             raise RunError(f"{folder}: no usable configuration ({reason}); give a model folder") from None
     torch.manual_seed(0)
-    with device:
-        model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype,
-                                                                attn_implementation="grouped_decoding")
-    if device.type == "cuda":
-        model_utils.multiply_patches(model)
+    model = from_config(config, attn_implementation="grouped_decoding").requires_grad_(False)
     model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id)
-    return model.eval().requires_grad_(False), tokenizer
+    return model, tokenizer
 
 
 def noise_prompts(tokenizer, count: int, frames: int) -> dict[int, data.Prompt]:
@@ -896,31 +901,23 @@ def throughput(options) -> None:
     else:
         model, tokenizer = load_model(options.model)
     model.generation_config.eos_token_id = model.config.vision_start_token_id  # never sampled: no response ends
-    policy = model_utils.Policy(model)
-    reference = model_utils.frozen_policy(model, 1.0) if "grpo" in algorithms else None
     if options.against_plain:  # a twin
-        with device:
-            plain = Qwen2_5_VLForConditionalGeneration._from_config(copy.deepcopy(model.config), dtype=dtype)
+        plain = from_config(copy.deepcopy(model.config))
         plain.load_state_dict(model.state_dict())
-        if device.type == "cuda":
-            model_utils.multiply_patches(plain)
-        plain.eval().generation_config = copy.deepcopy(model.generation_config)
+        plain.generation_config = copy.deepcopy(model.generation_config)
         plain.model.visual.requires_grad_(False)
         plain_parameters = [p for p in plain.parameters() if p.requires_grad]
         plain_optimizer = torch.optim.AdamW(plain_parameters, lr=1e-6, weight_decay=0.0, fused=device.type == "cuda")
-    if options.gradient_checkpointing:
-        for trained in (policy.language_model, *([plain.model.language_model] if options.against_plain else [])):
-            model_utils.recompute_activations(trained)
-    policy = model_utils.shard(policy, device)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0, fused=device.type == "cuda")
-    runs = {}
+        if options.gradient_checkpointing:
+            model_utils.recompute_activations(plain.model.language_model)
+    common = dict(
+        prompts_per_step=options.prompts, group_size=options.group, rollout_groups=options.rollout_groups,
+        max_new_tokens=options.new_tokens, seed=options.seed, gradient_checkpointing=options.gradient_checkpointing,
+        attention_layers=min(3, model.config.text_config.num_hidden_layers))
+    shared, runs = appo.set_up(appo.Settings(**common), model, tokenizer), {}  # one policy for all algorithms
     for name in algorithms:
-        s = appo.Settings(
-            algorithm=name, **appo.PRESETS[name], prompts_per_step=options.prompts, group_size=options.group,
-            rollout_groups=options.rollout_groups, max_new_tokens=options.new_tokens, seed=options.seed,
-            attention_layers=min(3, model.config.text_config.num_hidden_layers))
-        runs[name] = appo.Run(settings=s, model=model, tokenizer=tokenizer, policy=policy, optimizer=optimizer,
-                              reference=reference if s.kl_coef else None, rank=0, world=1)
+        s = appo.Settings(algorithm=name, **appo.PRESETS[name], **common)
+        runs[name] = replace(shared, settings=s, reference=model_utils.frozen_policy(model, 1.0) if s.kl_coef else None)
     first, prompts = runs[algorithms[0]], noise_prompts(tokenizer, options.prompts, options.frames)
     rounds, memory, gaps, groups = [], {}, None, {}
     for number in range(1 + options.repetitions):
