@@ -1,33 +1,47 @@
-"""APPO, Attention-guided Perception Policy Optimization (arXiv 2602.23823): reinforcement learning that improves what a
-video-language model sees, by giving more weight to the response tokens that look at the frames right answers look at.
+"""APPO: Attention-guided Perception Policy Optimization (Du et al. 2026, arXiv 2602.23823).
 
-APPO is DAPO's token-level clipped policy gradient plus the steps 5 and 6. One training step, numbered as in the README:
-  1. read the prompts of the batch (decoded ahead, in other processes)
-  2. embed each video once
-  3. rollout: sample a group of G responses a prompt, noting how much each token attends to each visual step
-  4. score them: rewards, and advantages relative to the group
-  5. find the crucial frames: those that the right responses attend to most
-  6. weigh the tokens that attend to crucial frames by how much the group's predictions differ there
-  7. update the policy: clipped surrogate loss with the advantage of each token multiplied by its weight
+APPO trains a video-language model to look at the right frames. Correct responses tend to attend to
+the frames that matter; APPO gives the tokens that attend to those frames a larger weight in the
+policy gradient. Everything else is DAPO: groups of responses to the same prompt, advantages
+relative to the group, and a clipped surrogate loss averaged over tokens.
 
-    torchrun appo.py                                         the built-in task, minutes on a laptop
+Read this file from top to bottom. One training step, numbered as in the README:
+  1. read     the prompts of the batch (other processes decode the videos ahead of time)
+  2. sample   G responses to each prompt, and read how much every token attends to every frame
+  3. score    the responses: rewards, and advantages relative to the group
+  4. frames   find the crucial frames: those that the correct responses attend to most
+  5. weights  for the tokens that attend to crucial frames: 1 + alpha * how much the group disagrees
+  6. update   clipped policy gradient, with weight * advantage in place of the advantage
+
+Shapes: G responses to a prompt (a group), R response tokens, F frames, V vocabulary entries.
+Responses are padded to R; response_mask is true on real tokens, the end token included.
+
+A frame is a visual time step: Qwen2.5-VL merges two sampled frames into one. frame_attention
+(G, R, F) says how much a response token attends to a frame: the attention weight of the query that
+generated the token (the token before it), averaged over the visual tokens of the frame, over all
+heads and over the last `attention_layers` layers. Attending evenly to 1,000 tokens gives 0.001.
+
+Up to three copies of the weights exist. The *model* samples; it is whole, and in bf16 on a GPU. The
+*policy* is trained; it is fp32, split over the processes, and copied into the model after each
+step. The *reference* is the frozen start model; only a KL term needs it. With several processes
+each one has its share of a batch's prompts, and all of them update the same policy.
+
+    torchrun appo.py                                        # the built-in task, minutes on a CPU
     torchrun appo.py --model Qwen/Qwen2.5-VL-3B-Instruct --data train.json --video_root videos
 """
+import copy
 import json
 import math
-import shutil
-import signal
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Callable, Iterator, Literal, Optional
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import transformers
 from torch import Tensor
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg, HfArgumentParser
@@ -37,741 +51,922 @@ import model_utils
 from model_utils import EncodedPrompt, Policy, Rollout, RunError
 
 
-@dataclass
-class Settings:
-    """Train Qwen2.5-VL with APPO or one of its baselines. Without --model and --data: the built-in task."""
-    model: Optional[str] = HfArg(default=None, help="model folder or hub name; default: the tiny built-in model")
-    data: Optional[str] = HfArg(default=None, help="annotation files a.json,b.jsonl; default: the built-in videos")
-    video_root: Optional[str] = HfArg(default=None, help="folder under which the annotations' paths are looked up")
-    skip_missing: bool = HfArg(default=False, help="train without the samples whose files are missing")
-    toy_folder: str = HfArg(default="runs/toy", help="where the built-in videos and model are made; what an earlier run "
-                            "made there is used again, also with another --seed")
-    output: Optional[str] = HfArg(default=None, help="run folder; default runs/ALGORITHM. An earlier run is moved aside")
-    algorithm: Literal["appo", "dapo", "grpo", "papo_g", "papo_d"] = HfArg(
-        default="appo", help="preset of the hyperparameters below, see PRESETS; each of them can be overridden")
-    # frame selection and token weights (paper, section 3.2; supplement, A.1 and A.2)
-    strategy: Literal["soft", "hard", "all"] = HfArg(default="soft", help="crucial frames psi': of right responses, of "
-                                                     "right but not wrong ones, of all responses (Tab. D)")
-    threshold: float = HfArg(default=0.5, help="tau: accuracy from which a response counts as right")
-    k1: int = HfArg(default=15, help="K1: a response's attention to a frame is the mean over its K1 highest tokens")
-    k2: int = HfArg(default=3, help="K2: frames a response focuses on")
-    k3: int = HfArg(default=64, help="K3: perception tokens of a response for each crucial frame")
-    alpha: float = HfArg(default=1.7, help="alpha: W = 1 + alpha D; 0: no token weights")
-    attention_layers: int = HfArg(default=3, help="last layers whose attention is read")
-    # objective
-    clip_low: float = HfArg(default=0.2, help="epsilon_low")
-    clip_high: float = HfArg(default=0.28, help="epsilon_high, the clip-higher of DAPO")
-    average: Literal["tokens", "responses"] = HfArg(default="tokens", help="mean over a group's tokens, or over "
-                                                    "responses of the means over their tokens")
-    kl_coef: float = HfArg(default=0.0, help="beta: weight of the KL to the frozen start model")
-    gamma: float = HfArg(default=0.0, help="gamma: weight of PAPO's perception loss")
-    eta: float = HfArg(default=0.0, help="eta_1, eta_2: weight of PAPO's double entropy loss")
-    # rollout and update
-    group_size: int = HfArg(default=8, help="G: responses a prompt")
-    prompts_per_step: int = HfArg(default=16, help="prompts a training step, over all processes")
-    rollout_groups: int = HfArg(default=16, help="groups that decode together on one device")
-    max_new_tokens: int = HfArg(default=512, help="L_max: tokens of a response")
-    max_prompt_tokens: int = HfArg(default=8192, help="longer prompts are left out and counted, never cut")
-    temperature: float = HfArg(default=1.0, help="of sampling, and of the probabilities in the loss")
-    updates_per_batch: int = HfArg(default=1, help="passes over the rollouts of a step")
-    minibatch_prompts: int = HfArg(default=0, help="prompts an optimizer step; 0: all of the batch")
-    dynamic_sampling: bool = HfArg(default=False, help="DAPO: replace groups whose responses are all right or all wrong")
-    max_resamples: int = HfArg(default=4, help="further batches that dynamic sampling may draw in a step")
-    overlong_buffer: int = HfArg(default=0, help="L_c: DAPO's soft penalty on the last L_c tokens before L_max; 0: none")
-    steps: int = HfArg(default=0, help="training steps; 0: as many as --epochs needs")
-    epochs: float = HfArg(default=1.0, help="passes over the data (NExT-GQA: 2)")
-    learning_rate: float = HfArg(default=1e-6, help="of AdamW, without weight decay")
-    warmup_steps: int = HfArg(default=0, help="steps over which the learning rate rises to its value")
-    beta2: float = HfArg(default=0.999, help="second beta of AdamW")
-    max_grad_norm: float = HfArg(default=1.0, help="gradient clipping")
-    cuda_graph: bool = HfArg(default=True, help="whether a GPU records a decoding step's kernels and replays them")
-    gradient_checkpointing: bool = HfArg(default=True, help="whether layers are computed again in the backward pass, for "
-                                         "much less memory")
-    # video
-    fps: float = HfArg(default=1.0, help="frames a second")
-    max_frames: int = HfArg(default=16, help="frames a video (paper: 16 for 7B, 30 for 3B, 100 for grounding)")
-    min_pixels: int = HfArg(default=50176, help="pixels a frame at least; 50,176 are 64 visual tokens")
-    max_pixels: int = HfArg(default=50176, help="pixels a frame at most")
-    readers: int = HfArg(default=2, help="decoding processes beside each training process")
-    decode_timeout: float = HfArg(default=60.0, help="seconds after which a video counts as unreadable")
-    # what one sees
-    eval_data: Optional[str] = HfArg(default=None, help="held-out annotation files, scored before and after")
-    eval_every: int = HfArg(default=0, help="score the held-out samples every so many steps too")
-    save_every: int = HfArg(default=100, help="steps between checkpoints that a run can resume from; 0: none")
-    keep: int = HfArg(default=2, help="how many of them stay")
-    resume: bool = HfArg(default=False, help="go on from the newest checkpoint of --output")
-    seed: int = HfArg(default=0, help="of data order, sampling and masks")
-    rollout_seed: Optional[int] = HfArg(default=None, help="of the sampling in training alone; default --seed. Two runs "
-                                        "that differ in it show what chance does")
-
-    def __post_init__(self):
-        self.rollout_seed = self.seed if self.rollout_seed is None else self.rollout_seed
-
-    @property
-    def masked_video(self) -> bool:
-        """Does the loss compare with a masked video (PAPO)?"""
-        return self.gamma > 0 or self.eta > 0
-
-
-# How the five algorithms differ. PAPO's values are those of its 3B models.
-PRESETS = {
-    "appo":   dict(alpha=1.7, clip_high=0.28, average="tokens",    kl_coef=0.00, gamma=0.00, eta=0.00),
-    "dapo":   dict(alpha=0.0, clip_high=0.28, average="tokens",    kl_coef=0.00, gamma=0.00, eta=0.00),
-    "grpo":   dict(alpha=0.0, clip_high=0.20, average="responses", kl_coef=0.01, gamma=0.00, eta=0.00),
-    "papo_g": dict(alpha=0.0, clip_high=0.20, average="responses", kl_coef=0.01, gamma=0.02, eta=0.00),
-    "papo_d": dict(alpha=0.0, clip_high=0.28, average="tokens",    kl_coef=0.00, gamma=0.01, eta=0.03),
-}
-# What suits the tiny built-in model: a short task, small pictures and 8 visual steps.
-TINY = dict(k1=4, k2=2, k3=6, attention_layers=2, max_new_tokens=18, min_pixels=3136, max_pixels=3136, steps=100,
-            updates_per_batch=2, learning_rate=3e-4, warmup_steps=5, beta2=0.95, gradient_checkpointing=False)
-
-
-# ------------------------------------------------------------------------------- the algorithm, as pure functions
+# ------------------------------------------------------------------- step 3: rewards to advantages
 
 def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
-    """Advantages relative to the group: (r - mean) / (std + eps), std with n - 1 (method, section 1).
+    """(r - mean) / (std + eps) over the group, std with n - 1.  rewards (G,) -> (G,)
 
-    rewards [G] -> [G]; exactly 0 where all rewards are equal. Example: [1, 0, 0, 1] -> [0.866, -0.866, -0.866, 0.866].
+    Exactly 0 if all rewards are equal. Example: [1, 0, 0, 1] -> [0.866, -0.866, -0.866, 0.866].
     """
-    rewards = rewards if rewards.is_floating_point() else rewards.float()
-    if (rewards == rewards[0]).all():  # the rounding of the mean, over eps, would be an advantage
+    if not rewards.is_floating_point():
+        rewards = rewards.float()
+    if (rewards == rewards[0]).all():
+        # Otherwise the rounding error of the mean, divided by eps, would look like an advantage.
         return torch.zeros_like(rewards)
     return (rewards - rewards.mean()) / (rewards.std() + eps)
 
 
-def focused_frames(frame_attention: Tensor, response_mask: Tensor, *, k1: int = 15, k2: int = 3) -> Tensor:
-    """psi(i), the K2 visual steps that each response attends to most (supplement, A.1).
+def overlong_penalty(lengths: Tensor, max_new_tokens: int, buffer: int) -> Tensor:
+    """DAPO's soft overlong punishment, to be added to the reward.  lengths (G,) -> float (G,)
 
-    A response's attention to a step is the mean over its K1 tokens with the highest attention to that step.
-    frame_attention [G, R, F], response_mask bool [G, R] -> bool [G, F].
+    0 up to max_new_tokens - buffer tokens, then linearly down to -1 at max_new_tokens.
     """
-    focused = torch.zeros(frame_attention.shape[0], frame_attention.shape[2], dtype=torch.bool,
-                          device=frame_attention.device)
-    for i, (attention, real) in enumerate(zip(frame_attention, response_mask)):
-        attention = attention[real]  # [tokens of the response, F]
-        if attention.numel():
-            response_attention = attention.topk(min(k1, len(attention)), dim=0).values.mean(0)  # [F]
-            focused[i, response_attention.topk(min(k2, len(response_attention))).indices] = True
+    if buffer == 0:
+        return torch.zeros(lengths.shape, device=lengths.device)
+    return (max_new_tokens - buffer - lengths).clamp(-buffer, 0) / buffer
+
+
+# -------------------------------------------------------------------------- step 4: crucial frames
+
+def focused_frames(frame_attention: Tensor, response_mask: Tensor, *, k1: int = 15,
+                   k2: int = 3) -> Tensor:
+    """The K2 frames that each response attends to most: psi(i) in the supplement, A.1.
+
+    A response's attention to a frame is the mean over its K1 tokens that attend to it most.
+    frame_attention (G, R, F), response_mask bool (G, R) -> bool (G, F)
+    """
+    G, _, F = frame_attention.shape
+    focused = torch.zeros(G, F, dtype=torch.bool, device=frame_attention.device)
+    for i in range(G):
+        attention = frame_attention[i, response_mask[i]]                        # (tokens, F)
+        if len(attention) > 0:
+            highest = attention.topk(min(k1, len(attention)), dim=0).values     # (K1, F)
+            focused[i, highest.mean(0).topk(min(k2, F)).indices] = True
     return focused
 
 
-def crucial_frames(frame_attention: Tensor, response_mask: Tensor, accuracy: Tensor, *, k1: int = 15, k2: int = 3,
-                   threshold: float = 0.5, strategy: str = "soft") -> Tensor:
-    """psi', the visual steps whose perception is trained (paper, section 3.2; supplement, Tab. D).
+def crucial_frames(frame_attention: Tensor, response_mask: Tensor, accuracy: Tensor, *,
+                   k1: int = 15, k2: int = 3, threshold: float = 0.5,
+                   strategy: str = "soft") -> Tensor:
+    """The frames whose perception is trained: psi' in the paper, section 3.2.
 
-    S1 are the responses with accuracy >= threshold, S2 the others; soft = psi(S1), hard = psi(S1) minus psi(S2),
-    all = their union. No right response: nothing is crucial (soft, hard).
-    frame_attention [G, R, F], response_mask bool [G, R], accuracy [G] -> bool [F].
+    soft: the frames that any correct response focuses on. hard: of those, the ones that no
+    incorrect response focuses on. all: the frames that any response focuses on. A response is
+    correct if its accuracy is at least the threshold; without one, soft and hard find no frame.
+    With G = 8 and K2 = 3, soft is at most 24 frames: on short videos it can be most of them.
+
+    frame_attention (G, R, F), response_mask bool (G, R), accuracy (G,) -> bool (F,)
     """
     focused = focused_frames(frame_attention, response_mask, k1=k1, k2=k2)
-    right = focused[accuracy >= threshold].any(0)
-    wrong = focused[accuracy < threshold].any(0)
-    return {"soft": right, "hard": right & ~wrong, "all": right | wrong}[strategy]
+    by_correct = focused[accuracy >= threshold].any(0)
+    by_incorrect = focused[accuracy < threshold].any(0)
+    if strategy == "soft":
+        return by_correct
+    if strategy == "hard":
+        return by_correct & ~by_incorrect
+    if strategy == "all":
+        return by_correct | by_incorrect
+    raise ValueError(f"strategy {strategy!r}: choose soft, hard or all")
 
+
+# --------------------------------------------------------------------------- step 5: token weights
 
 @torch.no_grad()
-def perception_token_weights(frame_attention: Tensor, logits: Tensor, response_mask: Tensor, crucial: Tensor, *,
-                             k3: int = 64, alpha: float = 1.7) -> Tensor:
-    """W = 1 + alpha * D: weights of the tokens that perceive crucial frames (supplement, A.2 and Eq. 1).
+def perception_token_weights(frame_attention: Tensor, logits: Tensor, response_mask: Tensor,
+                             crucial: Tensor, *, k3: int = 64, alpha: float = 1.7) -> Tensor:
+    """W = 1 + alpha * D, the weight of each response token (supplement, A.2 and Eq. 1).
 
-    For each crucial frame a response contributes its K3 tokens with the highest attention to the frame, in the order of
-    their positions. The j-th tokens of the responses are compared, D_j = sum_i KL(p_ij || mean_i p_ij), over the
-    responses that have a j-th token; D is min-max normalised over j; a token gets the mean over the frames that chose it.
+    For every crucial frame, each response picks its K3 tokens that attend to the frame most. The
+    j-th picks of the G responses, in reading order, are compared: D_j says how much the
+    distributions they were sampled from differ, scaled to 0..1 over j. A token that several frames
+    picked gets the average. The idea: where responses look at the same frame and yet predict
+    differently, they perceive it differently, and that is what is to be learned. What speaks
+    against it: the j-th picks stand behind different prefixes, so some of D is not perception.
 
-    Args: frame_attention [G, R, F]; logits [G, R, V] of the distribution each token was sampled from (-inf: excluded);
-        response_mask bool [G, R]; crucial bool [F].
-    Returns: float32 [G, R] in [1, 1 + alpha]; 1 in the padding and where no frame chose.
-    Example: one crucial frame, two responses of two tokens that differ at the second alone: D = [0, D_2] -> W = [1, 1 + alpha].
+    frame_attention (G, R, F), response_mask bool (G, R), crucial bool (F,),
+    logits (G, R, V) of the distributions the tokens were sampled from, -inf for excluded ids
+    -> float32 (G, R) between 1 and 1 + alpha; 1 in the padding and where no frame picked
+
+    Example: one crucial frame and two responses of two tokens, both picked (K3 = 2). The first
+    tokens were sampled from equal distributions: D_1 = 0. The second ones were sampled from
+    (0.9, 0.1) and (0.1, 0.9): D_2 = 0.736. Scaled: 0 and 1, so W = [1, 2.7] in both responses.
     """
-    group_size, length, _ = frame_attention.shape
-    weights = torch.ones(group_size, length, device=frame_attention.device)
-    if not crucial.any():
-        return weights
-    k3 = min(k3, length)
-    attention = frame_attention[:, :, crucial].permute(2, 0, 1)  # [K, G, R], K crucial frames
+    attention = frame_attention[:, :, crucial].permute(2, 0, 1)      # (K, G, R), K crucial frames
+    picked = most_attentive_tokens(attention, response_mask, k3)                # bool (K, G, R)
+    divergence = divergence_of_picks(logits, picked)                            # (K, G, R)
+    frames_that_picked = picked.sum(0)                                          # (G, R)
+    return 1 + alpha * divergence.sum(0) / frames_that_picked.clamp(min=1)
+
+
+def most_attentive_tokens(attention: Tensor, response_mask: Tensor, k: int) -> Tensor:
+    """The k tokens of each response with the highest attention.  (K, G, R) -> bool (K, G, R)"""
     attention = attention.masked_fill(~response_mask, -torch.inf)
-    highest = attention.topk(k3, dim=-1).indices
-    chosen = torch.zeros_like(attention, dtype=torch.bool).scatter(-1, highest, True) & response_mask  # [K, G, R]
-    position = torch.arange(length, device=weights.device)
-    order = position.where(chosen, length).sort(-1).values[..., :k3]  # [K, G, k3], positions in order; `length`: none
-    # what is compared is a tuple of one token a response; frames often choose the same, so compare each tuple once
-    tuples, which = order.transpose(1, 2).flatten(0, 1).unique(dim=0, return_inverse=True)  # [U, G], [K * k3]
-    rows = torch.arange(group_size, device=weights.device)
-    divergence = []
-    for part in tuples.split(16):  # so many tuples at once: [16, G, V] is the largest tensor here
-        absent = (part == length)[..., None]  # [U, G, 1]
-        log_p = logits[rows.expand(part.shape), part.clamp(max=length - 1)].float().log_softmax(-1)  # [U, G, V]
-        p = log_p.masked_fill_(absent, -torch.inf).exp()
-        log_mean = (p.sum(1, keepdim=True) / (~absent).sum(1, keepdim=True).clamp(min=1)).log()  # [U, 1, V]
-        # 0 log 0 = 0: -inf becomes a number of which exp is 0, too; in place, for the tensors are large
-        log_ratio = log_p.clamp_(min=-1e4).sub_(log_mean.clamp_(min=-1e4))
-        divergence.append(torch.linalg.vecdot(p.flatten(1), log_ratio.flatten(1)).clamp(min=0))
-    divergence = torch.cat(divergence)[which].view(len(order), k3)  # [K, k3], D_j of each frame
-    exists = (order < length).any(1)  # [K, k3]: some response has a j-th token
-    low = divergence.where(exists, torch.inf).amin(1, keepdim=True)
-    span = divergence.where(exists, -torch.inf).amax(1, keepdim=True) - low
-    divergence = ((divergence - low) / span).where(span >= 1e-4, 0.0)  # below: rounding noise, all equal
-    # hand D_j to its tokens; column `length` collects what nobody has
-    given = order.new_zeros(len(order), group_size, length + 1, dtype=torch.float32)
-    given = given.scatter(-1, order, divergence[:, None].expand(order.shape))[..., :length].where(chosen, 0.0)
-    return weights + alpha * given.sum(0) / chosen.sum(0).clamp(min=1)
+    highest = attention.topk(min(k, attention.shape[-1]), dim=-1).indices
+    picked = torch.zeros_like(attention, dtype=torch.bool).scatter(-1, highest, True)
+    return picked & response_mask       # a response may have fewer than k tokens
 
 
-def group_mean(values: Tensor, response_mask: Tensor, average: str) -> Tensor:
-    """Mean over the group's tokens ("tokens"), or over its responses of the means over their tokens ("responses")."""
-    values, tokens = values.where(response_mask, 0.0), response_mask.sum(1)  # not a product: 0 * nan is nan
-    if average not in ("tokens", "responses"):
-        raise ValueError(f"average {average!r}: choose tokens or responses")
-    return values.sum() / tokens.sum() if average == "tokens" else (values.sum(1) / tokens.clamp(min=1)).mean()
+def divergence_of_picks(logits: Tensor, picked: Tensor) -> Tensor:
+    """D_j of each picked token, j its number among the picks of its response and frame.
+
+    logits (G, R, V), picked bool (K, G, R) -> (K, G, R) between 0 and 1, 0 where not picked
+    """
+    if not picked.any():
+        return torch.zeros(picked.shape, device=picked.device)
+    K, G, _ = picked.shape
+    J = int(picked.sum(-1).max())       # most picks of a response, the same for every frame
+    j = (picked.cumsum(-1) - 1)[picked]                                         # (picks,)
+    frame, response, token = picked.nonzero(as_tuple=True)                      # (picks,) each
+    columns = torch.full((K, J, G), -1, device=picked.device)   # tokens to compare, -1: none
+    columns[frame, j, response] = token
+    # Frames often pick the same tokens, so each distinct column is compared only once.
+    distinct, index = columns.flatten(0, 1).unique(dim=0, return_inverse=True)  # (U, G), (K * J,)
+    D = group_divergence(logits, distinct)[index].view(K, J)
+    low, high = D.amin(1, keepdim=True), D.amax(1, keepdim=True)                # (K, 1)
+    D = ((D - low) / (high - low)).where(high - low >= 1e-4, 0.0)   # less is rounding noise
+    result = torch.zeros(picked.shape, device=picked.device)
+    result[picked] = D[frame, j]
+    return result
 
 
-def k3_estimate(log_probs: Tensor, other_log_probs: Tensor) -> Tensor:
-    """The k3 estimate of KL(pi || other) at each token: exp(d) - d - 1 with d = log other - log pi, clamped."""
+def group_divergence(logits: Tensor, columns: Tensor) -> Tensor:
+    """How much the group disagrees: D = sum_i KL(p_i || mean of all p_i)  (supplement, Eq. 1).
+
+    logits (G, R, V); columns int (U, G), one token per response, -1 if it takes no part
+    -> (U,), each between 0 and G ln G
+    """
+    responses = torch.arange(columns.shape[1], device=columns.device)
+    results = []
+    for part in columns.split(16):              # bounds the memory: (16, G, V)
+        present = (part >= 0)[:, :, None]                                       # (16, G, 1)
+        log_p = logits[responses, part.clamp(min=0)].float().log_softmax(-1)    # (16, G, V)
+        p = log_p.exp().where(present, 0.0)
+        log_mean = (p.sum(1, keepdim=True) / present.sum(1, keepdim=True)).log()
+        # 0 * log 0 counts as 0, so log 0 = -inf is replaced by a finite number.
+        log_ratio = log_p.clamp(min=-1e4) - log_mean.clamp(min=-1e4)
+        results.append((p * log_ratio).sum((1, 2)).clamp(min=0))
+    return torch.cat(results)
+
+
+# ---------------------------------------------------------------------------- step 6: the objective
+
+def masked_mean(values: Tensor, response_mask: Tensor, average: str = "tokens") -> Tensor:
+    """(G, R) -> scalar. "tokens": the mean over all tokens of the group (DAPO, APPO).
+    "responses": the mean over the responses of the mean over their tokens (GRPO)."""
+    values = values.where(response_mask, 0.0)       # not values * mask: 0 * nan is nan
+    lengths = response_mask.sum(1)                                              # (G,)
+    if average == "tokens":
+        return values.sum() / lengths.sum()
+    if average == "responses":
+        return (values.sum(1) / lengths.clamp(min=1)).mean()
+    raise ValueError(f"average {average!r}: choose tokens or responses")
+
+
+def kl_estimate(log_probs: Tensor, other_log_probs: Tensor) -> Tensor:
+    """Schulman's low-variance estimate of KL(pi || other) at each sampled token, "k3" elsewhere."""
     d = (other_log_probs - log_probs).clamp(-20, 20)
     return d.exp() - d - 1
 
 
-def clipped_surrogate_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, response_mask: Tensor, *,
-                           token_weights: Tensor | None = None, clip_low: float = 0.2, clip_high: float = 0.28,
-                           ref_log_probs: Tensor | None = None, kl_coef: float = 0.0,
-                           average: str = "tokens") -> tuple[Tensor, dict[str, Tensor]]:
-    """L = -mean min(rho W A, clip(rho, 1 - epsilon_low, 1 + epsilon_high) W A) + kl_coef * k3 (method, section 4).
+def clipped_surrogate_loss(
+        log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, response_mask: Tensor, *,
+        token_weights: Tensor | None = None, clip_low: float = 0.2, clip_high: float = 0.28,
+        ref_log_probs: Tensor | None = None, kl_coef: float = 0.0, average: str = "tokens",
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """-mean of min(rho W A, clip(rho, 1 - clip_low, 1 + clip_high) W A), plus kl_coef * KL.
 
-    Args: log_probs, old_log_probs, ref_log_probs and token_weights [G, R]; advantages [G]; response_mask bool [G, R];
-        average "tokens" (DAPO, APPO) or "responses" (GRPO). Gradient flows through log_probs alone.
-    Returns: (scalar, {approx_kl: mean of rho - 1 - log rho, clip_fraction: share of tokens where the clip acts}).
-    Example: rho = [1.5, 1] with A = 2, W = 1: min(3, 2.56) and min(2, 2), the loss is -2.28, clip_fraction 0.5.
+    rho is the ratio of new to old probability. With one update per batch it is 1 and the clip never
+    acts; only the gradient matters then.
+
+    log_probs, old_log_probs, ref_log_probs, token_weights (G, R); advantages (G,);
+    response_mask bool (G, R). Gradient flows through log_probs only.
+    Returns (scalar, {approx_kl: mean of rho - 1 - log rho, clip_fraction: share of tokens}).
+    Example: rho = [1.5, 1], A = 2, W = 1 -> -(min(3, 2.56) + min(2, 2)) / 2 = -2.28.
     """
     log_probs = log_probs.where(response_mask, 0.0)
     log_ratio = (log_probs - old_log_probs.where(response_mask, 0.0)).clamp(-20, 20)
-    ratio = log_ratio.exp()
-    advantages = advantages[:, None] if token_weights is None else advantages[:, None] * token_weights
+    ratio = log_ratio.exp()                                                     # rho (G, R)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    loss = group_mean(-torch.minimum(ratio * advantages, clipped * advantages), response_mask, average)
+    advantages = advantages[:, None]                                            # (G, 1)
+    if token_weights is not None:
+        advantages = advantages * token_weights                                 # (G, R)
+    objective = torch.minimum(ratio * advantages, clipped * advantages)
+    loss = -masked_mean(objective, response_mask, average)
     if kl_coef:
         if ref_log_probs is None:
             raise ValueError("kl_coef needs ref_log_probs")
-        kl = k3_estimate(log_probs, ref_log_probs.where(response_mask, 0.0))
-        loss = loss + kl_coef * group_mean(kl, response_mask, average)
+        kl = kl_estimate(log_probs, ref_log_probs.where(response_mask, 0.0))
+        loss = loss + kl_coef * masked_mean(kl, response_mask, average)
     with torch.no_grad():
-        acts = (clipped - ratio) * advantages < 0  # the clipped term is the smaller one
-        metrics = {"approx_kl": group_mean(ratio - 1 - log_ratio, response_mask, "tokens"),
-                   "clip_fraction": group_mean(acts.to(ratio.dtype), response_mask, "tokens")}
+        is_clipped = (clipped - ratio) * advantages < 0     # the clipped term is the minimum
+        metrics = {"approx_kl": masked_mean(ratio - 1 - log_ratio, response_mask),
+                   "clip_fraction": masked_mean(is_clipped.to(ratio.dtype), response_mask)}
     return loss, metrics
 
 
-def perception_loss(log_probs: Tensor, masked_log_probs: Tensor, response_mask: Tensor, *, gamma: float,
-                    eta: float = 0.0, masked_eta: float = 0.0, average: str = "tokens") -> tuple[Tensor, dict]:
-    """PAPO's implicit perception loss and double entropy loss (arXiv 2507.06448), to be added to the surrogate loss.
+def perception_loss(log_probs: Tensor, masked_log_probs: Tensor, response_mask: Tensor, *,
+                    gamma: float, eta: float = 0.0,
+                    average: str = "tokens") -> tuple[Tensor, dict[str, Tensor]]:
+    """PAPO (arXiv 2507.06448): -gamma * KL(pi || pi under a masked video) + eta * entropy.
 
-    -gamma * mean k3 + eta * mean(-log pi) + masked_eta * mean(-log pi_mask), where pi_mask sees the masked video and
-    k3 = clamp(exp(d) - d - 1, -10, 10), d = log pi_mask - log pi. masked_log_probs are constants, as in the authors'
-    code, so that masked_eta moves the loss but no weight. All tensors [G, R] -> (scalar, {perception_kl}).
+    masked_log_probs carry no gradient, as in the authors' code. For that reason their second
+    entropy term, on the masked video, changes no parameter and is left out.
+    log_probs, masked_log_probs (G, R), response_mask bool (G, R) -> (scalar, {perception_kl})
     """
-    log_probs, masked = log_probs.where(response_mask, 0.0), masked_log_probs.detach().where(response_mask, 0.0)
-    kl = group_mean(k3_estimate(log_probs, masked).clamp(-10, 10), response_mask, average)
-    loss = -gamma * kl - eta * group_mean(log_probs, response_mask, average)
-    return loss - masked_eta * group_mean(masked, response_mask, average), {"perception_kl": kl.detach()}
+    log_probs = log_probs.where(response_mask, 0.0)
+    masked_log_probs = masked_log_probs.detach().where(response_mask, 0.0)
+    kl = kl_estimate(log_probs, masked_log_probs).clamp(-10, 10)
+    kl = masked_mean(kl, response_mask, average)
+    entropy = -masked_mean(log_probs, response_mask, average)
+    return -gamma * kl + eta * entropy, {"perception_kl": kl.detach()}
 
 
-def overlong_penalty(lengths: Tensor, max_new_tokens: int, buffer: int) -> Tensor:
-    """DAPO's soft overlong punishment: 0 up to L_max - L_c tokens, then linearly down to -1 at L_max. lengths [G] -> [G]."""
-    return (max_new_tokens - buffer - lengths).clamp(-buffer, 0) / buffer if buffer else torch.zeros_like(lengths)
+# ---------------------------------------------------------------------------------------- settings
+
+# What makes each algorithm. PAPO's values are those of its 3B models.
+PRESETS = {
+    "appo":   dict(alpha=1.7, clip_high=0.28, average="tokens", kl_coef=0, gamma=0, eta=0),
+    "dapo":   dict(alpha=0, clip_high=0.28, average="tokens", kl_coef=0, gamma=0, eta=0),
+    "grpo":   dict(alpha=0, clip_high=0.2, average="responses", kl_coef=0.01, gamma=0, eta=0),
+    "papo_g": dict(alpha=0, clip_high=0.2, average="responses", kl_coef=0.01, gamma=0.02, eta=0),
+    "papo_d": dict(alpha=0, clip_high=0.28, average="tokens", kl_coef=0, gamma=0.01, eta=0.03),
+}
+# The built-in model is tiny: its responses have a dozen tokens and its videos 8 frames.
+TINY = dict(k1=4, k2=2, k3=6, attention_layers=2, max_new_tokens=18, min_pixels=3136,
+            max_pixels=3136, steps=60, updates_per_batch=2, learning_rate=3e-4, warmup_steps=5,
+            beta2=0.95, gradient_checkpointing=False)
 
 
-# ------------------------------------------------------------------------------------------------ one training step
-
-ORDER, ROLLOUT, MASK, HELD_OUT = range(4)  # what a random draw is for: with the seed and a position it names the draw
+def option(default, help: str):
+    return HfArg(default=default, help=help)
 
 
 @dataclass
+class Settings:
+    """Train Qwen2.5-VL with APPO or a baseline. Without --model and --data: the built-in task.
+
+    Defaults are the paper's values. The settings of PRESETS default to those of the algorithm.
+    """
+    model: Optional[str] = option(None, "model folder or hub name; default: the built-in model")
+    data: Optional[str] = option(None, "annotation files a.json,b.jsonl; default: built-in videos")
+    video_root: Optional[str] = option(None, "folder that the annotations' paths are relative to")
+    skip_missing: bool = option(False, "train without the samples whose files are missing")
+    toy_folder: str = option("runs/toy", "where the built-in videos and model are made, and reused")
+    output: Optional[str] = option(None, "run folder; default runs/ALGORITHM. An earlier run in it "
+                                   "is moved aside")
+    algorithm: Literal["appo", "dapo", "grpo", "papo_g", "papo_d"] = option("appo", "see PRESETS")
+    # crucial frames and token weights (paper, section 3.2; supplement, A.1 and A.2)
+    strategy: Literal["soft", "hard", "all"] = option("soft", "crucial are the frames that correct "
+        "responses focus on; hard: and incorrect ones do not; all: that any response focuses on")
+    threshold: float = option(0.5, "tau: a response with at least this accuracy counts as correct")
+    k1: int = option(15, "K1: tokens that a response's attention to a frame is averaged over")
+    k2: int = option(3, "K2: frames that a response focuses on")
+    k3: int = option(64, "K3: tokens that a response picks for each crucial frame")
+    alpha: Optional[float] = option(None, "alpha: weights are 1 + alpha * D; 0 turns them off")
+    attention_layers: int = option(3, "how many of the last layers' attention is read")
+    # objective
+    clip_low: float = option(0.2, "epsilon_low")
+    clip_high: Optional[float] = option(None, "epsilon_high: DAPO's clip-higher")
+    average: Optional[Literal["tokens", "responses"]] = option(
+        None, "mean over the group's tokens, or over its responses of their means")
+    kl_coef: Optional[float] = option(None, "beta: weight of the KL to the frozen start model")
+    gamma: Optional[float] = option(None, "gamma: weight of PAPO's perception loss")
+    eta: Optional[float] = option(None, "eta: weight of PAPO's entropy loss")
+    # sampling and update
+    group_size: int = option(8, "G: responses per prompt")
+    prompts_per_step: int = option(16, "prompts per training step, over all processes")
+    rollout_groups: int = option(16, "groups that decode together on one device")
+    max_new_tokens: int = option(512, "L_max: longest response")
+    max_prompt_tokens: int = option(8192, "longer prompts are dropped and counted, never truncated")
+    temperature: float = option(1.0, "of sampling, and of the probabilities in the loss")
+    updates_per_batch: int = option(1, "optimizer steps on each batch of rollouts")
+    dynamic_sampling: bool = option(False, "DAPO: replace groups that are all correct or all "
+                                    "incorrect by other prompts")
+    max_resamples: int = option(4, "most further batches that dynamic sampling takes in a step")
+    overlong_buffer: int = option(0, "L_c: DAPO's penalty on the last L_c tokens before L_max")
+    steps: int = option(0, "training steps; 0: as many as --epochs needs")
+    epochs: float = option(1.0, "passes over the data (NExT-GQA: 2)")
+    learning_rate: float = option(1e-6, "of AdamW, without weight decay")
+    lr_schedule: Literal["constant", "linear"] = option("constant", "linear: down to 0 at the last "
+                                                        "step, as in transformers")
+    warmup_steps: int = option(0, "steps over which the learning rate rises to its value")
+    beta2: float = option(0.999, "second beta of AdamW")
+    max_grad_norm: float = option(1.0, "gradient clipping")
+    gradient_checkpointing: bool = option(True, "recompute activations in the backward pass, for "
+                                          "much less memory")
+    cpu_offload: bool = option(False, "keep trained weights, gradients and moments in host memory")
+    cuda_graph: bool = option(False, "record decoding on a GPU as a CUDA graph and replay it")
+    # video
+    fps: float = option(1.0, "sampled frames per second")
+    max_frames: int = option(16, "most sampled frames per video (paper: 16 for 7B, 30 for 3B, 100 "
+                             "for grounding)")
+    min_pixels: int = option(50176, "fewest pixels per frame; 50,176 pixels are 64 visual tokens")
+    max_pixels: int = option(50176, "most pixels per frame")
+    readers: int = option(2, "video decoding processes beside each training process")
+    decode_timeout: float = option(60.0, "seconds after which a video counts as unreadable")
+    # bookkeeping
+    eval_data: Optional[str] = option(None, "held-out annotations, scored before and after")
+    eval_every: int = option(0, "score them every so many steps, too; 0: not")
+    save_every: int = option(100, "steps between checkpoints to resume from; 0: none")
+    keep: int = option(2, "how many of those checkpoints stay")
+    resume: bool = option(False, "continue from the newest checkpoint in --output")
+    seed: int = option(0, "of the data order, sampling and masks")
+    rollout_seed: Optional[int] = option(None, "of sampling only; default --seed. Two runs that "
+                                         "differ only in it show what chance does")
+
+    def __post_init__(self):
+        for name, value in PRESETS[self.algorithm].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if self.rollout_seed is None:
+            self.rollout_seed = self.seed
+
+    @classmethod
+    def of(cls, algorithm: str, **changes) -> "Settings":
+        """The settings of an algorithm: Settings.of("grpo", steps=10)."""
+        return cls(algorithm=algorithm, **changes)
+
+    @property
+    def masked_video(self) -> bool:
+        """Whether the loss compares with a masked video (PAPO)."""
+        return self.gamma > 0 or self.eta > 0
+
+
+# ------------------------------------------------------------------------------- one training step
+
+@dataclass
 class Group:
-    """A prompt, the G responses to it, and the constants of the loss from before the first update on the batch."""
-    position: int  # in the endless stream of prompts
-    prompt: data.Prompt
-    rollout: Rollout
-    texts: list[str]
-    scores: dict[str, Tensor]  # reward, accuracy, format: [G] each
-    advantages: Tensor  # [G]
-    crucial: Tensor  # bool [F]
-    masked_prompt: EncodedPrompt | None = None  # PAPO: the prompt with a masked video
-    old_log_probs: Tensor | None = None  # [G, R], as the three below
-    token_weights: Tensor | None = None
-    ref_log_probs: Tensor | None = None
-    masked_log_probs: Tensor | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    updates: list[dict[str, float]] = field(default_factory=list)  # metrics of each pass of the update
+    """A prompt, G responses to it, and what the loss needs that no gradient flows through."""
+    position: int                           # in the endless stream of prompts
+    prompt: data.Prompt | None              # not needed any more in steps 5 and 6
+    rollout: Rollout                        # response_ids, response_mask, frame_attention, ...
+    masked_prompt: EncodedPrompt | None = None      # the prompt with a masked video, for PAPO
+    weight: float = 1.0                     # in the batch's mean; 0: only keeps processes in step
+    # step 3
+    texts: list[str] = field(default_factory=list)
+    reward: Tensor | None = None            # (G,), and so the three below
+    accuracy: Tensor | None = None
+    format: Tensor | None = None
+    advantages: Tensor | None = None
+    # step 4
+    crucial: Tensor | None = None           # bool (F,)
+    # step 5
+    old_log_probs: Tensor | None = None     # (G, R), and so the three below
+    token_weights: Tensor | None = None     # None: all 1
+    ref_log_probs: Tensor | None = None     # of the frozen start model, with kl_coef
+    masked_log_probs: Tensor | None = None  # of the policy under the masked video, for PAPO
+    # step 6
+    updates: list[dict[str, float]] = field(default_factory=list)   # metrics of each update
 
 
 def weigh_tokens(group: Group, logits: Tensor | None, s: Settings) -> Tensor | None:
-    """The token weights of APPO [G, R]; None: none. A study of other weightings hands its own function to `train`."""
+    """The weights of APPO (G, R), or None without alpha. `train` takes other functions, too."""
     if s.alpha == 0:
         return None
-    return perception_token_weights(group.rollout.frame_attention, logits, group.rollout.response_mask, group.crucial,
-                                    k3=s.k3, alpha=s.alpha)
+    return perception_token_weights(group.rollout.frame_attention, logits,
+                                    group.rollout.response_mask, group.crucial, k3=s.k3,
+                                    alpha=s.alpha)
 
 
 @dataclass
 class Run:
     """What lasts from step to step."""
     settings: Settings
-    model: torch.nn.Module  # the rollout model
+    model: torch.nn.Module                  # samples
     tokenizer: object
-    policy: Policy
-    reference: Policy | None  # the frozen start model
-    optimizer: torch.optim.Optimizer
-    rank: int
-    world: int
-    weigh: Callable = weigh_tokens
-    position: int = 0  # prompts drawn so far, over all processes
-    asked: float = 0.0  # when a signal first asked this process to stop; 0: not yet
-    stop: bool = False  # some process was asked; they agree on it once a step
-    seconds: Counter = field(default_factory=Counter)
-    last: float = 0.0
+    policy: Policy | None = None            # is trained
+    reference: Policy | None = None         # the frozen start model, with kl_coef
+    optimizer: torch.optim.Optimizer | None = None
+    rank: int = 0
+    world: int = 1                          # number of processes
+    reward: Callable = data.task_reward     # (response, sample) -> (reward, accuracy, format)
+    weigh: Callable = weigh_tokens         # (group, logits, settings) -> (G, R) or None
+    position: int = 0                       # prompts taken from the stream, over all processes
+    seconds: Counter = field(default_factory=Counter)       # of the phases of a step
+    last_lap: float = 0.0
 
     def lap(self, phase: str) -> None:
-        """Book the time since the last call on a phase."""
+        """Count the time since the last lap as that of a phase."""
         if self.model.device.type == "cuda":
             torch.cuda.synchronize()
-        self.last, before = time.perf_counter(), self.last
-        self.seconds[phase] += self.last - before
-
-    def gather(self, thing) -> list:
-        """The thing of every process, in the order of the ranks."""
-        things = [None] * self.world
-        dist.all_gather_object(things, thing)
-        return things
+        before, self.last_lap = self.last_lap, time.perf_counter()
+        self.seconds[phase] += self.last_lap - before
 
 
-def prompt_stream(run: Run, samples: list[data.Sample]) -> Iterator[dict]:
-    """Endless batches {position: (sample, seed of its mask)}, this process's share of each. The samples come in a new
-    order every epoch, and a batch may straddle two."""
-    s, position, epoch = run.settings, run.position, -1
-    while True:
-        batch = {}
-        for place in range(position + run.rank, position + s.prompts_per_step, run.world):
-            if place // len(samples) != epoch:
-                epoch = place // len(samples)
-                order = np.random.default_rng((s.seed, ORDER, epoch)).permutation(len(samples))
-            batch[place] = samples[order[place % len(samples)]], (s.seed, MASK, place) if s.masked_video else None
-        yield batch
-        position += s.prompts_per_step
+ORDER, ROLLOUT, MASK, HELD_OUT = range(4)       # what random numbers are for
 
 
-def roll_out(run: Run, prompts: dict[int, data.Prompt]) -> list[Group]:
-    """2. to 5. of the README's step; `rollout_groups` prompts at a time."""
-    s, groups, positions, ends = run.settings, [], list(prompts), model_utils.end_token_ids(run.model)
-    for first in range(0, len(positions), s.rollout_groups):
-        part = positions[first:first + s.rollout_groups]
-        own = [prompts[position] for position in part]
-        # 2. embed
-        encoded, masked = model_utils.encode_prompts(run.model, own), [None] * len(own)
+def random_numbers(seed: int, stream: int, position: int) -> np.random.Generator:
+    """Randomness depends on these three only: any number of processes and a resumed run draw the
+    same, and no random state is saved."""
+    return np.random.default_rng((seed, stream, position))
+
+
+def sample_groups(run: Run, prompts: dict[int, data.Prompt], stream: int = ROLLOUT) -> list[Group]:
+    """Step 2. Embed each video once, then sample G responses to each prompt."""
+    s, groups, positions = run.settings, [], list(prompts)
+    for start in range(0, len(positions), s.rollout_groups):
+        part = {position: prompts[position] for position in positions[start:][:s.rollout_groups]}
+        encoded = model_utils.encode_prompts(run.model, list(part.values()))
+        masked = [None] * len(part)
         if s.masked_video:
-            masked = model_utils.encode_prompts(run.model, own, [prompt.masked_patches for prompt in own])
+            patches = [data.mask_patches(prompt.patches, prompt.video_grids + prompt.image_grids,
+                                         random_numbers(s.seed, MASK, position))
+                       for position, prompt in part.items()]
+            masked = model_utils.encode_prompts(run.model, list(part.values()), patches)
         run.lap("embed")
-        # 3. rollout
-        uniforms = np.stack([np.random.default_rng((s.rollout_seed, ROLLOUT, position)).random(
-            (s.group_size, s.max_new_tokens)) for position in part])
-        rollouts = model_utils.rollout(run.model, encoded, torch.from_numpy(uniforms), temperature=s.temperature,
-                                       attention_layers=s.attention_layers if s.alpha else 0,
-                                       cuda_graph=s.cuda_graph)
+        uniforms = [random_numbers(s.rollout_seed, stream, position)
+                    .random((s.group_size, s.max_new_tokens)) for position in part]
+        rollouts = model_utils.rollout(
+            run.model, encoded, torch.tensor(np.stack(uniforms)), temperature=s.temperature,
+            attention_layers=s.attention_layers if s.alpha else 0, cuda_graph=s.cuda_graph)
+        groups += map(Group, part.keys(), part.values(), rollouts, masked)
         run.lap("rollout")
-        for position, rollout, masked_prompt in zip(part, rollouts, masked):
-            prompt, mask = prompts[position], rollout.response_mask
-            # 4. score
-            texts = [run.tokenizer.decode(ids[real], skip_special_tokens=True)
-                     for ids, real in zip(rollout.response_ids, mask)]
-            scores = torch.tensor([data.task_reward(text, prompt.sample) for text in texts], device=mask.device)  # [G, 3]
-            scores = dict(zip(("reward", "accuracy", "format"), scores.T))
-            scores["reward"] = scores["reward"] + overlong_penalty(mask.sum(1), s.max_new_tokens, s.overlong_buffer)
-            # 5. crucial frames
-            crucial = torch.zeros(prompt.num_steps, dtype=torch.bool, device=mask.device)
-            if s.alpha:
-                crucial = crucial_frames(rollout.frame_attention, mask, scores["accuracy"], k1=s.k1, k2=s.k2,
-                                         threshold=s.threshold, strategy=s.strategy)
-            group = Group(position, prompt, rollout, texts, scores, group_advantages(scores["reward"]), crucial,
-                          masked_prompt)
-            ended = torch.isin(rollout.response_ids, ends) & mask
-            group.metrics = {name: score.mean().item() for name, score in scores.items()} | {
-                "entropy": group_mean(rollout.entropy, mask, "tokens").item(),
-                "response_length": mask.sum(1).float().mean().item(), "truncated": 1 - ended.any(1).float().mean().item(),
-                "zero_variance_groups": float((scores["reward"] == scores["reward"][0]).all()),
-                "crucial_frames": crucial.sum().item(),
-                "loss": 0.0}  # until an update
-            groups.append(group)
-        run.lap("score")
     return groups
 
 
-def learns(group: Group, s: Settings) -> bool:
-    """Has the group's loss a gradient? Equal rewards give advantages of 0, and if there is no other term, none."""
-    return bool(s.kl_coef or s.masked_video or group.advantages.any())
+def score_group(run: Run, group: Group) -> None:
+    """Steps 3 and 4. Rewards, advantages and crucial frames of a group."""
+    s, rollout = run.settings, group.rollout
+    mask = rollout.response_mask                                                # (G, R)
+    group.texts = [run.tokenizer.decode(ids[real], skip_special_tokens=True)
+                   for ids, real in zip(rollout.response_ids, mask)]
+    scores = [run.reward(text, group.prompt.sample) for text in group.texts]
+    reward, group.accuracy, group.format = torch.tensor(scores, device=mask.device).T
+    group.reward = reward + overlong_penalty(mask.sum(1), s.max_new_tokens, s.overlong_buffer)
+    group.advantages = group_advantages(group.reward)
+    if not rollout.log_probs.isfinite().all():
+        # Tokens sampled from NaN mean nothing. The gradient becomes NaN, and no update is made.
+        group.advantages = torch.full_like(group.advantages, torch.nan)
+    group.crucial = torch.zeros(rollout.prompt.num_frames, dtype=torch.bool, device=mask.device)
+    if s.alpha:
+        group.crucial = crucial_frames(rollout.frame_attention, mask, group.accuracy, k1=s.k1,
+                                       k2=s.k2, threshold=s.threshold, strategy=s.strategy)
 
 
-def update(run: Run, groups: dict[int, Group], roster: list[tuple[int, int, bool]]) -> list[float]:
-    """6. and 7. Weigh the tokens, then one or several optimizer steps on the batch; returns the gradient norms.
+def collect_groups(run: Run, batches: Iterator) -> tuple[list[Group], list[dict]]:
+    """Steps 1 to 4: (this process's groups, a record of each sample that could not be used).
 
-    groups: this process's, by position; roster: (position, rank, `learns`) of every group of the batch, in order. A group
-    without a gradient counts in the mean over groups and is not computed: late in training that is most of the batch (on
-    many processes less is saved: the one with most to do sets the pace).
-    All processes make the same number of passes, some perhaps with a dummy of weight 0: a pass of a sharded model is a
-    collective call.
+    batches: each {position: (sample, its video to come)}, this process's share of the prompts.
+    """
+    s, groups, skipped = run.settings, [], []
+    for _ in range(1 + s.max_resamples * s.dynamic_sampling):
+        batch = next(batches)
+        wait([visual for _, visual in batch.values()])          # until the videos are decoded
+        run.lap("wait")
+        prompts, unusable = data.build_prompts(batch, run.tokenizer, s.max_prompt_tokens)  # step 1
+        run.position += s.prompts_per_step
+        run.lap("prompts")
+        sampled = sample_groups(run, prompts)                                   # step 2
+        for group in sampled:
+            score_group(run, group)                                             # steps 3 and 4
+        run.lap("score")
+        if s.dynamic_sampling:      # only groups with both correct and incorrect responses
+            sampled = [g for g in sampled if (g.accuracy != g.accuracy[0]).any()]
+        groups += sampled
+        everywhere = model_utils.gather(([g.position for g in groups], unusable))
+        skipped += [record for _, records in everywhere for record in records]
+        positions = sorted(position for of_rank, _ in everywhere for position in of_rank)
+        if len(positions) >= s.prompts_per_step:
+            break
+    chosen = positions[:s.prompts_per_step]
+    return [g for g in groups if g.position in chosen], skipped
+
+
+@torch.no_grad()
+def compare_policies(run: Run, group: Group) -> None:
+    """Step 5, baselines only. What the KL terms of GRPO and PAPO compare the policy with."""
+    ids, mask = group.rollout.response_ids, group.rollout.response_mask
+    if run.reference is not None:
+        group.ref_log_probs, _ = run.reference(group.rollout.prompt, ids, mask)
+    if run.settings.masked_video:
+        group.masked_log_probs, _ = run.policy(group.masked_prompt, ids, mask)
+
+
+def group_loss(run: Run, group: Group, log_probs: Tensor) -> Tensor:
+    """Step 6. The loss of a group.  log_probs (G, R) of the policy -> scalar"""
+    s, mask = run.settings, group.rollout.response_mask
+    loss, metrics = clipped_surrogate_loss(
+        log_probs, group.old_log_probs, group.advantages, mask, token_weights=group.token_weights,
+        clip_low=s.clip_low, clip_high=s.clip_high, ref_log_probs=group.ref_log_probs,
+        kl_coef=s.kl_coef, average=s.average)
+    if s.masked_video:
+        perception, perception_metrics = perception_loss(
+            log_probs, group.masked_log_probs, mask, gamma=s.gamma, eta=s.eta, average=s.average)
+        loss, metrics = loss + perception, metrics | perception_metrics
+    metrics = {"loss": loss.detach()} | metrics
+    group.updates.append({name: value.item() for name, value in metrics.items()})
+    return loss
+
+
+def update(run: Run, groups: list[Group]) -> list[float]:
+    """Steps 5 and 6. Optimizer steps on the groups of all processes; returns the gradient norms.
+
+    The objective is the mean over the groups of all processes. A group with equal rewards has
+    advantages of 0 and, unless there is a KL or perception term, no gradient: it counts in the mean
+    and is not computed.
     """
     s, norms = run.settings, []
-
-    def passes(part: list[tuple[int, int, bool]], masked: bool = False):
-        """(group, log_probs, logits) of this process's groups that learn, then (None, ...) for its dummies."""
-        mine = [groups[position] for position, rank, learning in part if learning and rank == run.rank]
-        for group in mine:
-            prompt = group.masked_prompt if masked else group.rollout.prompt
-            weighs = s.alpha > 0 and group.old_log_probs is None and not masked
-            yield group, *run.policy(prompt, group.rollout.response_ids, group.rollout.response_mask, keep_logits=weighs)
-        most = max(Counter(rank for _, rank, learning in part if learning).values(), default=1)
-        for _ in range(most - len(mine)):
-            yield None, *run.policy(*model_utils.dummy_group(run.model))
-
-    @torch.no_grad()
-    def record(group: Group, log_probs: Tensor, logits: Tensor | None) -> None:
-        """The constants of the loss, and what is logged with them."""
-        mask = group.rollout.response_mask
-        group.old_log_probs = log_probs.detach()
-        run.lap("update")
-        # 6. token weights
-        group.token_weights = run.weigh(group, logits, s)
-        run.lap("weights")
-        if run.reference is not None:
-            group.ref_log_probs = run.reference(group.rollout.prompt, group.rollout.response_ids, mask)[0]
-        weights = torch.ones_like(log_probs) if group.token_weights is None else group.token_weights
-        group.metrics |= {"token_weight_max": weights.max().item(),
-                          "token_weight_mean": group_mean(weights, mask, "tokens").item(),
-                          "rollout_logprob_gap": (log_probs - group.rollout.log_probs).abs().max().item()}
-
-    size = s.minibatch_prompts or s.prompts_per_step
-    minibatches = [roster[i:i + size] for i in range(0, len(roster), size)]
-    with torch.no_grad():
-        for group, log_probs, _ in passes(roster, masked=True) if s.masked_video else ():
-            if group is not None:
-                group.masked_log_probs = log_probs
-        # with one minibatch, the first pass of the update records: the policy has not changed before it
-        for group, log_probs, logits in passes(roster) if len(minibatches) > 1 else ():
-            if group is not None:
-                record(group, log_probs, logits)
-            del logits  # large
-    for part in minibatches * s.updates_per_batch:
-        for group, log_probs, logits in passes(part):
-            if group is None:
-                (log_probs.sum() * 0).backward()
-                continue
-            if group.old_log_probs is None:
-                record(group, log_probs, logits)
-            del logits
-            # 7. update
-            loss, metrics = clipped_surrogate_loss(
-                log_probs, group.old_log_probs, group.advantages, group.rollout.response_mask, average=s.average,
-                token_weights=group.token_weights, clip_low=s.clip_low, clip_high=s.clip_high,
-                ref_log_probs=group.ref_log_probs, kl_coef=s.kl_coef)
-            if s.masked_video:
-                perception, more = perception_loss(log_probs, group.masked_log_probs, group.rollout.response_mask,
-                                                   gamma=s.gamma, eta=s.eta, masked_eta=s.eta, average=s.average)
-                loss, metrics = loss + perception, metrics | more
-            (loss * run.world / len(part)).backward()  # FSDP averages over the processes; we want the mean of the groups
-            group.updates.append({name: value.item() for name, value in {"loss": loss, **metrics}.items()})
-        norms.append(torch.nn.utils.clip_grad_norm_(run.policy.parameters(), s.max_grad_norm).full_tensor().item())
-        if math.isfinite(norms[-1]):  # the norm is over all processes, so they decide alike
+    active = [g for g in groups if s.kl_coef or s.masked_video or g.advantages.any()]
+    counts = model_utils.gather((len(active), len(groups)))     # of every process
+    most_active = max(count for count, _ in counts)
+    total = sum(count for _, count in counts)
+    if total == 0:
+        return norms
+    # A pass through a sharded model is a collective call, so every process must make the same
+    # number; one with fewer groups adds dummies of weight 0.
+    missing = max(most_active, 1) - len(active)
+    batch = active + [dummy_group(run) for _ in range(missing)]
+    for group in batch:
+        compare_policies(run, group)
+    for number in range(s.updates_per_batch):
+        first = number == 0
+        for group in batch:
+            log_probs, logits = run.policy(
+                group.rollout.prompt, group.rollout.response_ids, group.rollout.response_mask,
+                keep_logits=first and s.alpha > 0)
+            if first:       # the policy is still the one that sampled
+                run.lap("update")
+                group.old_log_probs = log_probs.detach()
+                group.token_weights = run.weigh(group, logits, s)               # step 5
+                run.lap("weights")
+            del logits      # large
+            loss = group.weight * group_loss(run, group, log_probs)             # step 6
+            (loss * run.world / total).backward()   # FSDP averages over the processes
+        norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), s.max_grad_norm)
+        norms.append(norm.full_tensor().item())
+        if math.isfinite(norms[-1]):        # the same on all processes
             run.optimizer.step()
         run.optimizer.zero_grad()
-    model_utils.refresh(run.model, run.policy)
+    model_utils.refresh(run.model, run.policy)      # the next batch is sampled from the new policy
     run.lap("update")
     return norms
 
 
-def training_step(run: Run, draws: Iterator[dict], step: int) -> tuple[dict, list[dict], list[Group]]:
-    """One training step: (metrics of the whole batch, records of what was skipped, this process's groups)."""
-    s, groups, skipped = run.settings, {}, []
+def dummy_group(run: Run) -> Group:
+    """The smallest group that a policy can take: one prompt token and one response of one token."""
+    rollout = model_utils.dummy_rollout(run.model)
+    zero = torch.zeros(1, device=run.model.device)
+    return Group(-1, None, rollout, masked_prompt=rollout.prompt, weight=0.0, advantages=zero,
+                 crucial=torch.zeros(0, dtype=torch.bool, device=zero.device))
+
+
+def training_step(run: Run, batches: Iterator) -> tuple[dict, list[Group], list[dict]]:
+    """One training step: (metrics over all processes, this process's groups, skipped samples)."""
     run.seconds.clear()
-    started = run.last = time.perf_counter()
-    for _ in range(1 + s.max_resamples * s.dynamic_sampling):
-        # 1. read
-        batch = next(draws)
-        wait([visual for _, visual in batch.values()])
-        run.lap("wait")
-        prompts, left_out = data.build_prompts(batch, run.tokenizer, s.max_prompt_tokens)
-        run.position += s.prompts_per_step
-        run.lap("prompts")
-        groups |= {group.position: group for group in roll_out(run, prompts) if not s.dynamic_sampling
-                   or (group.scores["accuracy"] != group.scores["accuracy"][0]).any()}
-        gathered = run.gather(({p: learns(group, s) for p, group in groups.items()}, left_out, run.asked))
-        skipped += [record for _, records, _ in gathered for record in records]
-        run.stop = any(asked for _, _, asked in gathered)
-        roster = sorted((position, rank, learning) for rank, (own, _, _) in enumerate(gathered)
-                        for position, learning in own.items())
-        if len(roster) >= s.prompts_per_step:
-            break
-    roster = roster[:s.prompts_per_step]
-    for parameters in run.optimizer.param_groups:
-        parameters["lr"] = s.learning_rate * min(1, (step + 1) / max(s.warmup_steps, 1))
-    norms = update(run, groups, roster) if roster else []
-
-    mine = {position: groups[position] for position, rank, _ in roster if rank == run.rank}
-    for group in mine.values():
-        if group.updates:
-            group.metrics |= {name: float(np.mean([one[name] for one in group.updates])) for name in group.updates[0]}
-    everyone = {position: metrics for part in run.gather({p: g.metrics for p, g in mine.items()})
-                for position, metrics in part.items()}
-    # in the order of the stream, so that the figures are the same for any number of processes
-    names = dict.fromkeys(name for own in everyone.values() for name in own)  # some exist for groups that learn alone
-    table = {name: [everyone[position][name] for position, *_ in roster if name in everyone[position]] for name in names}
-    metrics = dict(loss=0.0, approx_kl=0.0, clip_fraction=0.0, rollout_logprob_gap=0.0, token_weight_mean=1.0,
-                   token_weight_max=1.0)  # where none learns
-    metrics |= {name: max(values) if name in ("token_weight_max", "rollout_logprob_gap") else float(np.mean(values))
-                for name, values in table.items()}
-    elapsed = time.perf_counter() - started
-    metrics |= {"grad_norm": float(np.mean(norms or [0.0])), "samples_per_second": len(roster) / elapsed,
-                "tokens_per_second": sum(table.get("response_length", ())) * s.group_size / elapsed,
-                "seconds": {phase: round(seconds, 4) for phase, seconds in run.seconds.items()}, "groups": len(roster),
-                "skipped": len(skipped)}
-    return {"step": step + 1} | metrics, skipped, list(mine.values())
+    started = run.last_lap = time.perf_counter()
+    groups, skipped = collect_groups(run, batches)                              # steps 1 to 4
+    norms = update(run, groups)                                                 # steps 5 and 6
+    metrics = batch_metrics(run, groups, time.perf_counter() - started)
+    metrics |= {"grad_norm": float(np.mean(norms or [0.0])), "skipped": len(skipped),
+                "seconds": {phase: round(seconds, 4) for phase, seconds in run.seconds.items()}}
+    return metrics, groups, skipped
 
 
-# ------------------------------------------------------------------------------------------------ held-out samples
+# ---------------------------------------------------------------------------------------- the loop
 
-def score_prompts(model, tokenizer, prompts: dict[int, data.Prompt], encoded: list[EncodedPrompt],
-                  s: Settings) -> list[dict[str, float]]:
-    """One sampled response to each prompt: its accuracy, and whether the frame that shows the answer, if it is known, is
-    the one (top1) or among the K2 (topk) that the response attends to most."""
-    uniforms = np.stack([np.random.default_rng((s.seed, HELD_OUT, i)).random((1, s.max_new_tokens)) for i in prompts])
-    rollouts = model_utils.rollout(model, encoded, torch.from_numpy(uniforms), temperature=s.temperature,
-                                   attention_layers=s.attention_layers)
-    scores = []
-    for prompt, rollout in zip(prompts.values(), rollouts):
-        text = tokenizer.decode(rollout.response_ids[0][rollout.response_mask[0]], skip_special_tokens=True)
-        scores.append({"accuracy": data.accuracy_reward(text, prompt.sample)})
-        if (shown := prompt.sample.crucial_step) is not None:
-            for name, k2 in (("top1", 1), ("topk", s.k2)):
-                focused = focused_frames(rollout.frame_attention, rollout.response_mask, k1=s.k1, k2=k2)
-                scores[-1][name] = float(focused[0, shown])
-    return scores
+def train(s: Settings, reward: Callable = data.task_reward,
+          weigh: Callable = weigh_tokens) -> None:
+    """The training loop.
 
-
-def score_held_out(run: Run, samples: list[data.Sample], reader: data.VideoReader) -> dict[str, float]:
-    """Means over the held-out samples, shared out over the processes; the same random numbers each time."""
-    s, scores, mine = run.settings, [], [(i, (sample, None)) for i, sample in enumerate(samples)][run.rank::run.world]
-    for batch in data.read_ahead(reader, (dict(mine[i:i + s.rollout_groups]) for i in range(0, len(mine), s.rollout_groups))):
-        prompts, _ = data.build_prompts(batch, run.tokenizer, s.max_prompt_tokens)
-        encoded = model_utils.encode_prompts(run.model, list(prompts.values()))
-        scores += score_prompts(run.model, run.tokenizer, prompts, encoded, s) if prompts else []
-    scores = [score for part in run.gather(scores) for score in part]
-    names = dict.fromkeys(name for score in scores for name in score)
-    return {"samples": len(scores)} | {
-        name: float(np.mean([score[name] for score in scores if name in score])) for name in names}
-
-
-# -------------------------------------------------------------------------------------------------------- the run
-
-def set_up(s: Settings, model, tokenizer, weigh: Callable = weigh_tokens) -> Run:
-    """Sharded policy, reference and optimizer beside the rollout model."""
+    reward(response, sample) -> (reward, accuracy, format); weigh: see `weigh_tokens`.
+    """
     rank, world, device = model_utils.init_processes()
-    reference = model_utils.frozen_policy(model, s.temperature) if s.kl_coef else None
+    samples, held_out = load_data(s, announce=rank == 0)
+    steps = s.steps or math.ceil(s.epochs * len(samples) / s.prompts_per_step)
+    folder = model_utils.RunFolder(s.output, asdict(s), may_differ(s))
+    stream = prompt_stream(s, samples, folder.position, rank, world)
+    with open_reader(s) as reader, model_utils.stop_signals() as stop:
+        batches = data.read_ahead(reader, stream)       # decoding starts before the model is loaded
+        run = set_up(s, *model_utils.load_model(s.model, device), reward, weigh)
+        run.position = folder.position
+        folder.open(run.model, run.policy, run.optimizer)
+        if folder.step == 0:
+            folder.log("held_out", *score_held_out(run, held_out, reader, 0))
+        bar = tqdm(range(folder.step + 1, steps + 1), s.algorithm, steps, initial=folder.step,
+                   disable=rank > 0)
+        for step in bar:
+            rate = set_learning_rate(run, step, steps)
+            metrics, groups, skipped = training_step(run, batches)
+            folder.step, folder.position = step, run.position
+            folder.log("metrics", {"step": step} | metrics | {"learning_rate": rate})
+            folder.log("skipped", *[{"step": step} | record for record in skipped])
+            folder.log("samples", *describe(groups, run.tokenizer, step))
+            show_progress(bar, metrics, s)
+            sample_ids = [group.prompt.sample.id for group in groups]
+            folder.check(metrics["grad_norm"], sample_ids, skipped)
+            last = step == steps
+            if last or s.eval_every and step % s.eval_every == 0:
+                folder.log("held_out", *score_held_out(run, held_out, reader, step))
+            stopping = any(model_utils.gather(stop.requested)) and not last
+            if stopping or s.save_every and step % s.save_every == 0:
+                folder.save(run.model, run.tokenizer, s.model, run.policy, run.optimizer)
+            if stopping:
+                raise RunError(f"stopped after step {step}; continue by the same command with "
+                               "--resume")
+    folder.finish(run.model, run.tokenizer, s.model)
+    if rank == 0:
+        print_summary(folder, s)
+
+
+# ------------------------------------------------------------------------------------- the plumbing
+
+def set_up(s: Settings, model, tokenizer, reward: Callable = data.task_reward,
+           weigh: Callable = weigh_tokens) -> Run:
+    """The sharded policy, its optimizer and the reference, beside the model that samples."""
+    rank, world, device = model_utils.init_processes()
+    reference = None
+    if s.kl_coef:
+        reference = copy.deepcopy(Policy(model, s.temperature, trainable=False))
     policy = Policy(model, s.temperature)
     if s.gradient_checkpointing:
         model_utils.recompute_activations(policy.language_model)
-    policy = model_utils.shard(policy, device)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=s.learning_rate, betas=(0.9, s.beta2), weight_decay=0.0,
-                                  fused=device.type == "cuda")  # else a step makes a copy of the second moments
-    return Run(s, model, tokenizer, policy, reference, optimizer, rank, world, weigh)
+    policy = model_utils.shard(policy, device, s.cpu_offload)
+    # On a GPU, AdamW that is not fused would copy the second moments at every step.
+    fused = device.type == "cuda" and not s.cpu_offload
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=s.learning_rate, betas=(0.9, s.beta2),
+                                  weight_decay=0.0, fused=fused)
+    return Run(s, model, tokenizer, policy, reference, optimizer, rank, world, reward, weigh)
 
 
-def train(s: Settings, weigh: Callable = weigh_tokens) -> None:
-    """The training loop: steps, logs, checkpoints. Randomness derives from (seed or rollout_seed, position in the stream)
-    alone, so no random state is kept, and a resumed run and one over more processes give the same numbers."""
-    rank, _, device = model_utils.init_processes()
-    if rank == 0:
+def set_learning_rate(run: Run, step: int, steps: int) -> float:
+    """The learning rate of a step, counted from 1. A linear schedule is that of transformers."""
+    s = run.settings
+    if s.lr_schedule == "constant":
+        factor = min(1.0, step / max(s.warmup_steps, 1))
+    elif step <= s.warmup_steps:
+        factor = (step - 1) / s.warmup_steps
+    else:
+        factor = (steps - step + 1) / (steps - s.warmup_steps)
+    for parameters in run.optimizer.param_groups:
+        parameters["lr"] = s.learning_rate * factor
+    return s.learning_rate * factor
+
+
+def load_data(s: Settings, announce: bool) -> tuple[list[data.Sample], list[data.Sample]]:
+    """(samples to train on, held-out samples). Mistakes in them show before a model is loaded."""
+    if announce:
         prepare_built_in(s)
     dist.barrier()
-    samples, held_out = (data.with_files(data.load_samples(path, s.video_root), path, s.skip_missing, rank == 0)
-                         if path else [] for path in (s.data, s.eval_data))
-    # after the data: a mistake in them shows before a large model is loaded
-    run = set_up(s, *model_utils.load_model(s.model, device), weigh)
-    output, steps = Path(s.output), s.steps or math.ceil(s.epochs * len(samples) / s.prompts_per_step)
-    done = model_utils.open_run_folder(output, asdict(s), free=(  # what may differ from the run that is resumed
-        "output", "steps", "epochs", "save_every", "keep", "eval_every", "readers", "decode_timeout", "rollout_groups",
-        "gradient_checkpointing", "cuda_graph"))
-    if done.get("checkpoint"):
-        model_utils.load_checkpoint(done["checkpoint"], run.model, run.policy, run.optimizer)
-        run.position = done["position"]
+    loaded = []
+    for path in (s.data, s.eval_data):
+        samples = []
+        if path:
+            samples = data.load_samples(path, s.video_root)
+            samples = data.with_files(samples, path, s.skip_missing, announce)
+        loaded.append(samples)
+    return loaded[0], loaded[1]
 
-    def on_signal(number: int, _) -> None:
-        """Stop after this step, with a checkpoint; asked again later, end at once. Within 5 s it is the same wish: a job
-        manager signals every process, and torchrun passes its own signal on."""
-        if run.asked and time.monotonic() > run.asked + 5:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        run.asked = run.asked or time.monotonic()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
-
-    def log(name: str, *records: dict) -> None:
-        if run.rank == 0:
-            with open(output / name, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
-
-    def measure(step: int, reader: data.VideoReader) -> dict[str, float]:
-        scores = score_held_out(run, held_out, reader) if held_out else {}
-        log("held_out.jsonl", *[{"step": step} | scores] * bool(scores))
-        return scores
-
-    def save(step: int, unreadable: int) -> None:
-        state = {"step": step, "position": run.position, "unreadable": unreadable}
-        model_utils.save_checkpoint(output / f"step-{step:06d}", run.model, run.tokenizer, s.model, run.policy,
-                                    run.optimizer, state)
-        for old in sorted(output.glob("step-??????"))[:-s.keep] if run.rank == 0 else ():
-            shutil.rmtree(old)
-        dist.barrier()  # no process ends while another writes
-
-    with open_reader(s) as reader:
-        unreadable, not_finite, rates = done.get("unreadable", 0), [], []
-        measured = model_utils.read_log(output / "held_out.jsonl") or [measure(0, reader)]
-        draws = data.read_ahead(reader, prompt_stream(run, samples))
-        bar = tqdm(range(done.get("step", 0), steps), desc=s.algorithm, disable=run.rank > 0, initial=done.get("step", 0),
-                   total=steps)
-        for step in bar:
-            metrics, skipped, groups = training_step(run, draws, step)
-            log("metrics.jsonl", metrics)
-            log("skipped.jsonl", *({"step": step + 1} | record for record in skipped))
-            log("samples.jsonl", *(describe(group, run.tokenizer, step + 1)
-                                    for group in sorted(groups, key=lambda group: not learns(group, s))[:1]))
-            bar.set_postfix({name: f"{metrics[name]:.2f}" for name in ("accuracy", "reward", "response_length")
-                             if name in metrics})
-            if s.dynamic_sampling and metrics["groups"] < s.prompts_per_step and run.rank == 0:
-                bar.write(f"step {step + 1}: only {metrics['groups']} groups with right and wrong responses were found")
-            rates.append(metrics["samples_per_second"])
-            unreadable += sum(record["unreadable"] for record in skipped)
-            if unreadable > 0.05 * max(100, run.position):
-                raise RunError(f"{unreadable} of {run.position} samples could not be read, over 5%; mend the videos that "
-                               f"{output / 'skipped.jsonl'} lists")
-            not_finite = [] if math.isfinite(metrics["grad_norm"]) else not_finite + [[g.prompt.sample.id for g in groups]]
-            if len(not_finite) == 3:
-                raise RunError(f"the gradient was not finite in 3 steps in a row, with samples {not_finite}")
-            if step + 1 == steps or s.eval_every and (step + 1) % s.eval_every == 0:
-                measured.append(measure(step + 1, reader))
-            if run.stop or s.save_every and (step + 1) % s.save_every == 0:
-                save(step + 1, unreadable)
-            if run.stop:
-                raise RunError(f"stopped by a signal after step {step + 1}; go on with the same command and --resume")
-    model_utils.save_checkpoint(output / "checkpoint", run.model, run.tokenizer, s.model)
-    dist.barrier()
-    if run.rank == 0:
-        for name, label in (("accuracy", "held-out accuracy"), ("topk", f"true frame among a response's top {s.k2}")):
-            if name in measured[0]:
-                print(f"{label:40s} {measured[0][name]:.3f} -> {measured[-1][name]:.3f}   "
-                      f"({measured[-1]['samples']} samples)")
-        print(f"{'samples per second (median)':40s} {np.median(rates or [0]):.2f}")
-        print(f"{'checkpoint':40s} {output / 'checkpoint'}")
-        print(f"{'next':40s} --algorithm dapo to compare, --model and --data for your own; log: {output / 'metrics.jsonl'}")
+def prompt_stream(s: Settings, samples: list[data.Sample], position: int, rank: int,
+                  world: int) -> Iterator[dict[int, data.Sample]]:
+    """Endless batches by position, this process's share of each; a new order every epoch."""
+    current = None
+    while True:
+        batch = {}
+        for place in range(position + rank, position + s.prompts_per_step, world):
+            epoch, index = divmod(place, len(samples))
+            if epoch != current:
+                order = random_numbers(s.seed, ORDER, epoch).permutation(len(samples))
+                current = epoch
+            batch[place] = samples[order[index]]
+        yield batch
+        position += s.prompts_per_step
 
 
 def open_reader(s: Settings) -> data.VideoReader:
     """The decoding processes."""
-    return data.VideoReader(s.readers, s.decode_timeout, fps=s.fps, max_frames=s.max_frames, min_pixels=s.min_pixels,
-                            max_pixels=s.max_pixels)
+    return data.VideoReader(s.readers, s.decode_timeout, fps=s.fps, max_frames=s.max_frames,
+                            min_pixels=s.min_pixels, max_pixels=s.max_pixels)
 
 
-def describe(group: Group, tokenizer, step: int) -> dict:
-    """What samples.jsonl keeps of a group: its responses with their scores, and each token with its weight."""
-    sample, mask, weights = group.prompt.sample, group.rollout.response_mask, group.token_weights
-    return {"step": step, "id": sample.id, "question": sample.question, "answer": sample.answer,
-            "crucial_frames": group.crucial.nonzero().flatten().tolist(),
-            "responses": [{"text": text, **{name: score[i].item() for name, score in group.scores.items()},
-                           "advantage": group.advantages[i].item(),
-                           "tokens": tokenizer.convert_ids_to_tokens(group.rollout.response_ids[i][mask[i]].tolist()),
-                           "weights": None if weights is None else [round(w, 4) for w in weights[i][mask[i]].tolist()]}
-                          for i, text in enumerate(group.texts)]}
+def may_differ(s: Settings) -> tuple[str, ...]:
+    """Settings in which a resumed run may differ from the run before."""
+    names = ("output", "save_every", "keep", "eval_every", "readers", "decode_timeout",
+             "rollout_groups", "gradient_checkpointing", "cpu_offload", "cuda_graph")
+    if s.lr_schedule == "constant":
+        names += ("steps", "epochs")
+    return names
+
+
+def group_metrics(run: Run, group: Group) -> dict[str, float]:
+    """What metrics.jsonl averages over the groups; less for a group that was not computed."""
+    rollout, mask = group.rollout, group.rollout.response_mask
+    ended = torch.isin(rollout.response_ids, model_utils.end_token_ids(run.model)) & mask
+    metrics = {
+        "reward": group.reward.mean(), "accuracy": group.accuracy.mean(),
+        "format": group.format.mean(), "entropy": masked_mean(rollout.entropy, mask),
+        "response_length": mask.sum(1).float().mean(),
+        "truncated": 1 - ended.any(1).float().mean(),
+        "zero_variance_groups": (group.reward == group.reward[0]).all(),
+        "crucial_frames": group.crucial.sum()}
+    metrics = {name: float(value) for name, value in metrics.items()} | {"loss": 0.0}
+    if not group.updates:
+        return metrics
+    for name in group.updates[0]:
+        metrics[name] = float(np.mean([of_update[name] for of_update in group.updates]))
+    weights = torch.ones_like(rollout.log_probs)
+    if group.token_weights is not None:
+        weights = group.token_weights
+    gap = (group.old_log_probs - rollout.log_probs).abs()   # of sampling and training
+    outside = (gap.exp() > 1.1).float()                     # probability ratio outside 0.9 to 1.1
+    return metrics | {"token_weight_mean": masked_mean(weights, mask).item(),
+                      "token_weight_max": weights.max().item(),
+                      "rollout_logprob_gap": gap.max().item(),
+                      "rollout_logprob_gap_mean": masked_mean(gap, mask).item(),
+                      "rollout_ratio_outside": masked_mean(outside, mask).item()}
+
+
+def batch_metrics(run: Run, groups: list[Group], seconds: float) -> dict[str, float]:
+    """Means over the groups of all processes, of two the maximum."""
+    of_processes = model_utils.gather([(g.position, group_metrics(run, g)) for g in groups])
+    # In the order of the stream, so that the sums are the same for any number of processes.
+    in_order = sorted(sum(of_processes, []), key=lambda pair: pair[0])
+    columns = defaultdict(list)
+    for _, metrics in in_order:
+        for name, value in metrics.items():
+            columns[name].append(value)
+    result = dict(loss=0.0, approx_kl=0.0, clip_fraction=0.0, rollout_logprob_gap=0.0,
+                  token_weight_mean=1.0, token_weight_max=1.0)      # if no group was computed
+    for name, values in columns.items():
+        most = name in ("token_weight_max", "rollout_logprob_gap")
+        result[name] = max(values) if most else float(np.mean(values))
+    tokens = sum(columns["response_length"]) * run.settings.group_size
+    return result | {"groups": len(in_order), "samples_per_second": len(in_order) / seconds,
+                     "tokens_per_second": tokens / seconds}
+
+
+def describe(groups: list[Group], tokenizer, step: int) -> list[dict]:
+    """For samples.jsonl: a group, one that was computed if there is any, with its token weights."""
+    if not groups:
+        return []
+    group = max(groups, key=lambda group: len(group.updates))
+    sample, rollout, responses = group.prompt.sample, group.rollout, []
+    for i, text in enumerate(group.texts):
+        real = rollout.response_mask[i]
+        weights = None
+        if group.token_weights is not None:
+            weights = [round(weight, 4) for weight in group.token_weights[i][real].tolist()]
+        responses.append({
+            "text": text, "reward": group.reward[i].item(), "accuracy": group.accuracy[i].item(),
+            "format": group.format[i].item(), "advantage": group.advantages[i].item(),
+            "tokens": tokenizer.convert_ids_to_tokens(rollout.response_ids[i][real].tolist()),
+            "weights": weights})
+    return [{"step": step, "id": sample.id, "question": sample.question, "answer": sample.answer,
+             "crucial_frames": group.crucial.nonzero().flatten().tolist(), "responses": responses}]
+
+
+def show_progress(bar: tqdm, metrics: dict, s: Settings) -> None:
+    names = ("accuracy", "reward", "response_length")
+    bar.set_postfix({name: f"{metrics[name]:.2f}" for name in names if name in metrics})
+    if s.dynamic_sampling and metrics["groups"] < s.prompts_per_step and not bar.disable:
+        bar.write(f"only {metrics['groups']} groups with correct and incorrect responses")
+
+
+def print_summary(folder: model_utils.RunFolder, s: Settings) -> None:
+    held_out = model_utils.read_log(folder.path / "held_out.jsonl")
+    metrics = model_utils.read_log(folder.path / "metrics.jsonl")
+    labels = {"accuracy": "held-out accuracy, sampled",
+              "topk": f"true frame among a response's top {s.k2}"}
+    for name, label in labels.items():
+        if held_out and name in held_out[0]:
+            print(f"{label:40s} {held_out[0][name]:.3f} -> {held_out[-1][name]:.3f}   "
+                  f"({held_out[-1]['samples']} samples)")
+    speed = np.median([record["samples_per_second"] for record in metrics] or [0.0])
+    print(f"{'samples per second (median)':40s} {speed:.2f}")
+    print(f"{'checkpoint':40s} {folder.path / 'checkpoint'}")
+    print(f"{'log':40s} {folder.path / 'metrics.jsonl'}")
+    other = "dapo" if s.algorithm == "appo" else "appo"
+    print(f"{'next':40s} --algorithm {other} to compare, --model and --data for your own")
+
+
+# -------------------------------------------------------------------------------- held-out samples
+
+def score_prompts(run: Run, prompts: dict[int, data.Prompt]) -> list[dict[str, float]]:
+    """One sampled response to each prompt: its accuracy, and if the frame that shows the answer is
+    known, whether the response attends to it most (top1) or among its K2 frames (topk)."""
+    s = replace(run.settings, group_size=1, rollout_seed=run.settings.seed, alpha=1.0, gamma=0.0,
+                eta=0.0)    # the attention is read, and no video is masked
+    run, scores = replace(run, settings=s), []
+    for group in sample_groups(run, prompts, HELD_OUT):
+        score_group(run, group)
+        score, true_frame = {"accuracy": group.accuracy.item()}, group.prompt.sample.crucial_frame
+        for name, k2 in (("top1", 1), ("topk", s.k2)):
+            focused = focused_frames(group.rollout.frame_attention, group.rollout.response_mask,
+                                     k1=s.k1, k2=k2)
+            if true_frame is not None:
+                score[name] = float(focused[0, true_frame])
+        scores.append(score)
+    return scores
+
+
+def score_held_out(run: Run, samples: list[data.Sample], reader: data.VideoReader,
+                   step: int) -> list[dict]:
+    """A record of means over the held-out samples of all processes; none without samples. The same
+    random numbers each time."""
+    s, scores = run.settings, []
+    numbered = list(enumerate(samples))[run.rank::run.world]
+    batches = [dict(numbered[start:start + s.rollout_groups])
+               for start in range(0, len(numbered), s.rollout_groups)]
+    for batch in data.read_ahead(reader, batches):
+        prompts, _ = data.build_prompts(batch, run.tokenizer, s.max_prompt_tokens)
+        scores += score_prompts(run, prompts)
+    scores = sum(model_utils.gather(scores), [])
+    if not samples:
+        return []
+    record = {"step": step, "samples": len(scores)}
+    for name in ("accuracy", "top1", "topk"):
+        values = [score[name] for score in scores if name in score]
+        if values:
+            record[name] = float(np.mean(values))
+    return [record]
 
 
 def prepare_built_in(s: Settings) -> None:
-    """Make what is missing of the built-in task: videos with annotations, and the tiny model, warmed up."""
+    """Make what is missing of the built-in task: videos with annotations, and the tiny model."""
     folder = Path(s.toy_folder)
     if s.data == str(folder / "train.json"):
         data.make_toy_data(folder)
     if s.model != str(folder / "model") or (folder / "model" / "config.json").exists():
         return
-    torch.set_num_threads(1)  # as in load_model
-    _, tokenizer = model_utils.tiny_model(data.toy_vocabulary())  # it is the same for every start
-    test = {n: data.toy_prompt(np.random.default_rng((s.seed, 3, n)), tokenizer, n % 8)[0] for n in range(128)}
-    lessons, encoded = data.toy_lessons(tokenizer, 1024, s.seed), []
+    torch.set_num_threads(1)    # as in load_model
+    texts = data.toy_vocabulary()
+    _, tokenizer = model_utils.tiny_model(texts)
+    lessons = data.toy_lessons(tokenizer, 1024, s.seed)
+    test_prompts = {n: data.toy_prompt(random_numbers(s.seed, HELD_OUT, n), tokenizer, n % 8)[0]
+                    for n in range(128)}
 
-    def good_enough(model) -> bool:
-        """Half of the answers right, and the model looks: else reinforcement learning has little to start from."""
-        if not encoded:  # the vision tower does not change any more
-            encoded.extend(model_utils.encode_prompts(model, list(test.values())))
-        scores = score_prompts(model, tokenizer, test, encoded, Settings(**TINY))
-        accuracy, top1 = (np.mean([score[name] for score in scores]) for name in ("accuracy", "top1"))
-        if accuracy > 0.75:  # without looking: a model that looks would have stopped at 0.5
-            raise RunError("the built-in model learned to answer before it looked at the frames; try another --seed")
-        return accuracy >= 0.5 and top1 >= 0.3
+    def new_model(attempt: int):
+        return model_utils.tiny_model(texts, s.seed + 1000 * attempt)[0]
 
-    for attempt in range(5):  # some random starts answer from what the question's tokens have seen, and do not look
-        model, _ = model_utils.tiny_model(data.toy_vocabulary(), s.seed + 1000 * attempt)
-        encoded.clear()
-        try:
-            model_utils.warm_up(model, lessons, good_enough)
-            break
-        except RunError:
-            if attempt == 4:
-                raise
-    model_utils.save_checkpoint(folder / "model", model, tokenizer, None)
+    def measure(model) -> tuple[float, float]:
+        scores = score_prompts(Run(Settings(**TINY), model, tokenizer), test_prompts)
+        return tuple(float(np.mean([score[name] for score in scores]))
+                     for name in ("accuracy", "top1"))
+
+    model = model_utils.warm_up(new_model, lessons, measure)
+    model_utils.save_checkpoint(folder / "model", model, tokenizer, source=None)
+    images = {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": TINY["min_pixels"],
+              "max_pixels": TINY["max_pixels"], "patch_size": data.PATCH, "merge_size": data.MERGE,
+              "temporal_patch_size": 2, "image_mean": list(data.PIXEL_MEAN),
+              "image_std": list(data.PIXEL_STD)}
+    (folder / "model" / "preprocessor_config.json").write_text(json.dumps(images, indent=1))
 
 
-# ------------------------------------------------------------------------------------------------- the command line
+# -------------------------------------------------------------------------------- the command line
 
 class Parser(HfArgumentParser):
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: {data.escaped(' '.join(message.split()))}\n")
+        line = " ".join(message.split())
+        self.exit(2, f"{self.prog}: {model_utils.printable(line)}\n")
 
 
 def is_tiny(model: str | None, toy_folder: str) -> bool:
-    """Is this the built-in model, or trained from it? Its settings go with it."""
+    """Whether this is the built-in model, or was trained from it."""
     config = Path(model or f"{toy_folder}/model") / "config.json"
-    return model is None or config.is_file() and '"appo_built_in": true' in config.read_text(errors="replace")
+    if not config.is_file():
+        return model is None
+    return '"appo_built_in": true' in config.read_text(errors="replace")
 
 
-def parse_settings(parser: Parser, arguments: list[str] | None = None) -> Settings:
-    """Defaults of the paper, then those of the tiny model, then the algorithm's preset, then what the user says."""
+def parse_settings(arguments: list[str] | None = None, prog: str | None = None) -> Settings:
+    """Settings from the command line. Raises RunError for values that cannot be."""
+    parser = Parser(Settings, prog=prog, description=Settings.__doc__, allow_abbrev=False)
     first = parser.parse_args(arguments)
-    parser.set_defaults(**(TINY if is_tiny(first.model, first.toy_folder) else {}) | PRESETS[first.algorithm])
+    if is_tiny(first.model, first.toy_folder):
+        parser.set_defaults(**TINY)
     s = Settings(**vars(parser.parse_args(arguments)))
-    s.model = s.model or str(Path(s.toy_folder) / "model")
+    folder = Path(s.toy_folder)
+    s.model = s.model or str(folder / "model")
     if s.data is None:
-        s.data, s.eval_data = str(Path(s.toy_folder) / "train.json"), s.eval_data or str(Path(s.toy_folder) / "test.json")
+        s.data = str(folder / "train.json")
+        s.eval_data = s.eval_data or str(folder / "test.json")
     s.output = s.output or f"runs/{s.algorithm}"
-    may_be_zero = {"threshold", "alpha", "clip_low", "clip_high", "kl_coef", "gamma", "eta", "minibatch_prompts", "steps",
-                   "max_resamples", "overlong_buffer", "warmup_steps", "save_every", "eval_every", "seed", "rollout_seed"}
-    for name, value in asdict(s).items():
-        if isinstance(value, (int, float)) and not (0 < value < math.inf or value == 0 and
-                                                    (name in may_be_zero or isinstance(value, bool))):
-            raise RunError(f"--{name} {value}: give a number {'of at least' if name in may_be_zero else 'above'} 0")
-    for wrong, message in (
-            (s.min_pixels > s.max_pixels, f"--min_pixels {s.min_pixels} is above --max_pixels {s.max_pixels}: lower it"),
-            (s.clip_low >= 1, f"--clip_low {s.clip_low}: give a number below 1"),
-            (s.beta2 >= 1, f"--beta2 {s.beta2}: give a number below 1"),
-            (s.overlong_buffer > s.max_new_tokens, f"--overlong_buffer {s.overlong_buffer} is longer than "
-             f"--max_new_tokens {s.max_new_tokens}: shorten it"),
-            (s.minibatch_prompts and s.prompts_per_step % s.minibatch_prompts, f"--minibatch_prompts "
-             f"{s.minibatch_prompts} does not divide --prompts_per_step {s.prompts_per_step}: choose a divisor")):
-        if wrong:
-            raise RunError(message)
+    check_settings(s)
     return s
 
 
+MAY_BE_ZERO = {"threshold", "alpha", "clip_low", "clip_high", "kl_coef", "gamma", "eta", "steps",
+               "max_resamples", "overlong_buffer", "warmup_steps", "save_every", "eval_every",
+               "seed", "rollout_seed"}
+
+
+def check_settings(s: Settings) -> None:
+    for name, value in asdict(s).items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        if not math.isfinite(value) or value < 0 or value == 0 and name not in MAY_BE_ZERO:
+            bound = "of at least" if name in MAY_BE_ZERO else "above"
+            raise RunError(f"--{name} {value}: give a number {bound} 0")
+    if s.min_pixels > s.max_pixels:
+        raise RunError(f"--min_pixels {s.min_pixels} is above --max_pixels {s.max_pixels}: lower "
+                       "it")
+    for name in ("clip_low", "beta2"):
+        if getattr(s, name) >= 1:
+            raise RunError(f"--{name} {getattr(s, name)}: give a number below 1")
+    if s.overlong_buffer > s.max_new_tokens:
+        raise RunError(f"--overlong_buffer {s.overlong_buffer} is longer than --max_new_tokens "
+                       f"{s.max_new_tokens}: shorten it")
+
+
 def main(arguments: list[str] | None = None) -> None:
-    parser = Parser(Settings, description=Settings.__doc__, allow_abbrev=False)
-    transformers.utils.logging.disable_progress_bar()  # one bar at a time
     try:
-        train(parse_settings(parser, arguments))
+        train(parse_settings(arguments))
     except (RunError, data.DataError) as error:
-        rank = f"rank {dist.get_rank()}: " if dist.is_initialized() and dist.get_world_size() > 1 else ""
-        parser.error(rank + str(error))
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        rank = f"rank {dist.get_rank()}: " if several else ""
+        Parser(Settings).error(rank + str(error))
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

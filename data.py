@@ -1,32 +1,34 @@
 """A sample from its annotation to tensors, and how a response to it is scored.
 
-Top to bottom: annotation -> Sample -> decoded frames and their times -> patches -> Visual (read in processes of their
-own, by VideoReader) -> Prompt; then the rewards; then the built-in task. Nothing here knows the model: what leaves this
-file are tensors and small dataclasses. Paper and supplement: arXiv 2602.23823.
+Top to bottom: annotation record -> Sample -> sampled frames and their times -> patches -> Visual,
+read in separate processes by VideoReader -> Prompt; then the rewards; then the built-in task.
+Of Qwen2.5-VL this file knows how frames become patches and where visual tokens stand in a prompt.
+It needs neither the model's weights nor transformers: a tokenizer is handed in. Two sampled frames
+make one visual frame, the model's unit of time. Paper and supplement: arXiv 2602.23823.
 """
+import csv
 import json
 import logging
 import math
 import multiprocessing
 import os
 import re
-import resource
 import signal
 import struct
 import subprocess
 import sys
 import threading
-from collections import Counter, defaultdict
+import zlib
+from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
-from itertools import chain, pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from string import ascii_uppercase as LETTERS
-from typing import Callable, Iterable, Iterator, Optional
+from typing import Callable, Iterable, Iterator
 
 import decord
 import numpy as np
@@ -35,505 +37,777 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+Grid = tuple[int, int, int]  # (t, h, w): visual frames, rows and columns of patches
+Span = tuple[float, float]  # (start, end) in seconds
+
 
 class DataError(ValueError):
-    """A bad annotation: one line with file, record number, field and the mend."""
+    """An annotation that cannot be used: one line with file, record, field and fix."""
 
 
 class VideoError(RuntimeError):
     """A video or picture that cannot be read: one line with the reason."""
 
 
-# --------------------------------------------------------------------------------------------------------- annotations
+# ------------------------------------------------------------------------------------ annotations
 
-@dataclass
+@dataclass(slots=True)  # slots: data sets have some 100,000 of these
 class Sample:
     """One question. Times are in seconds."""
     id: str  # "train.json:12", records counted from 0
     question: str
     options: list[str]  # words without letters; [] if there is no choice
     answer: str  # "A".. for choice and grounding, a number as text for number
-    kind: str  # "choice", "number", "grounding" (a choice with time spans) or "description" (not scored)
-    video: Optional[str] = None
-    image: Optional[str] = None
-    missing: list[str] = field(default_factory=list)  # paths that were not found; video or image is then None
-    duration: Optional[float] = None  # as annotated
-    spans: list[tuple[float, float]] = field(default_factory=list)  # where the clues to the answer are
+    kind: str  # "choice", "number", "grounding" (choice with time spans), "description" (no score)
+    video: str | None = None
+    image: str | None = None
+    missing: list[str] = field(default_factory=list)  # paths not found; video or image is None
+    duration: float | None = None  # as annotated
+    spans: list[Span] = field(default_factory=list)  # where clues to the answer are
     group: str = ""  # for tables by task
-    crucial_step: Optional[int] = None  # built-in task: the visual step of 2 s that shows the answer
-    bounds: Optional[tuple[float, float]] = None  # the part of the video that is asked about
+    crucial_frame: int | None = None  # built-in task: the visual frame that shows the answer
+    bounds: Span | None = None  # the stretch of the video that is asked about
+    overall: str = "questions"  # what a benchmark's overall mean is over: "questions" or "tasks"
 
 
+SURROGATE = re.compile(r"[\ud800-\udfff]")
+LETTERED = re.compile(r"(?:\(([A-Z])\)|([A-Z])[.):])\s*(.*)", re.DOTALL)  # "A. book", "(A) book"
+
+
+def clean(value) -> str:
+    """A text without spaces at its ends; "" for a value that is not text in valid Unicode."""
+    if not isinstance(value, str):
+        return ""
+    if not value.isascii() and SURROGATE.search(value):
+        return ""
+    return value.strip()
+
+
+@dataclass(slots=True)
 class Record:
-    """The fields of one annotation record, each checked when it is taken."""
+    """The fields of one annotation record. Each is checked when it is read."""
+    path: Path
+    id: str
+    fields: dict
 
-    def __init__(self, where: str, fields: dict):
-        self.where, self.fields = where, fields
+    def error(self, name: str, fix: str) -> DataError:
+        file, _, number = self.id.rpartition(":")
+        return DataError(f"{file}, record {number}, field {name!r}: {fix}")
 
-    def error(self, name: str, mend: str) -> DataError:
-        return DataError(f"{self.where}, field '{name}': {mend}")
+    def check(self, condition, name: str, fix: str) -> None:
+        if not condition:
+            raise self.error(name, fix)
 
-    def check(self, right, name: str, mend: str) -> None:
-        if not right:
-            raise self.error(name, mend)
-
-    def text(self, name: str, value=...) -> str:
-        value = self.fields.get(name) if value is ... else value
-        valid = isinstance(value, str) and value.strip() and not re.search("[\ud800-\udfff]", value)
-        self.check(valid, name, "missing or no text; write a non-empty string of valid Unicode")
-        return value.strip()
+    def text(self, name: str) -> str:
+        text = clean(self.fields.get(name))
+        self.check(text, name, "missing or no text; write a non-empty string of valid Unicode")
+        return text
 
     def texts(self, name: str) -> list[str]:
+        """A list of texts of one line each."""
         values = self.fields.get(name)
         self.check(isinstance(values, list), name, "missing or no list; write a list of strings")
-        return [" ".join(self.text(name, value).split()) for value in values]  # one line each
+        texts = [" ".join(clean(value).split()) for value in values]
+        self.check(all(texts), name, "has an entry that is no text; write non-empty strings")
+        return texts
 
-    def number(self, name: str, value=...) -> Optional[float]:
-        value = self.fields.get(name) if value is ... else value
+    def number(self, name: str) -> float | None:
+        value = self.fields.get(name)
+        if value is None:
+            return None
         finite = type(value) in (int, float) and abs(value) < 1e9
-        self.check(value is None or finite, name, "not a finite number; write seconds or a count")
-        return None if value is None else float(value)
+        self.check(finite, name, "not a finite number; write seconds")
+        return float(value)
 
-    def options(self, words: list[str], name: str = "options") -> list[str]:
-        self.check(2 <= len(words) <= 26, name, f"{len(words)} options; a choice needs 2 to 26")
-        # "A. a book", "A) a book", "A: a book" or "(A) a book"; if all have their letters, those are no words
-        lettered = [re.fullmatch(rf"(?s)(?:\({c}\)|{c}[.):])\s*(.*)", w) for c, w in zip(LETTERS, words)]
-        return [match[1] for match in lettered] if all(lettered) else words
+    def options(self, name: str, words: list[str] | None = None) -> list[str]:
+        """The options' words. Letters before them are dropped if all options have theirs."""
+        words = words or self.texts(name)
+        count = len(words)
+        self.check(2 <= count <= 26, name, f"{count} options; a choice needs 2 to 26")
+        matches = [LETTERED.fullmatch(text) for text in words]
+        for match, letter in zip(matches, LETTERS):
+            if match is None or letter not in match.group(1, 2):
+                return words
+        return [match[3] for match in matches]
 
     def label(self, name: str) -> str:
+        """The text, or what stands in its <answer> element."""
         text = self.text(name)
-        return (element_text(text, "answer") or "") if "<answer>" in text else text
+        if "<answer>" in text:
+            text = element_text(text, "answer") or ""
+        return text
 
-    def answer(self, name: str, options: list[str]) -> str:
-        text, choice = self.text(name), match_choice(self.label(name), options)
-        self.check(choice is not None, name, f"{text[:60]!r} is not among the {len(options)} options; name a letter")
-        return LETTERS[choice]
+    def answer(self, name: str, options: list[str], counted: bool = False) -> str:
+        """The letter of the option that is named by letter, words or, if counted, index from 0."""
+        value = str(self.fields.get(name))
+        if counted and re.fullmatch("[0-9]{1,2}", value):
+            index = int(value)
+            self.check(index < len(options), name, f"over the {len(options)} options; count from 0")
+            return LETTERS[index]
+        index = match_choice(self.label(name), options)
+        if index is None:
+            raise self.error(name, f"{value[:60]!r} names none of the options; write a letter")
+        return LETTERS[index]
 
 
-# The readers of the formats: a Sample's fields from a record; None if no rule can score a response to it.
-def _read_video_r1(record: Record, seed: list[int]) -> Optional[dict]:
-    problem_type, step = record.text("problem_type"), record.fields.get("crucial_step")
-    if problem_type in ("OCR", "free-form"):
-        return None
-    if problem_type in ("numerical", "regression"):
-        kind, options, answer = "number", [], record.label("solution")
-        if parse_number(answer) is None or re.search(r"\s\d", answer):  # "1/2", "1 1/2", "3 x 10^5"
+# The readers of the formats: record -> Sample, or None if no rule can score a response to it.
+# Sample.video and Sample.image are the record's paths; load_samples looks the files up.
+
+def read_video_r1(record: Record) -> Sample | None:
+    """Video-R1, Perception Test as released in the same form, and the built-in task."""
+    kind, options = "choice", []
+    problem_type = record.text("problem_type")
+    if problem_type == "multiple choice":
+        options = record.options("options")
+        answer = record.answer("solution", options)
+    elif problem_type in ("numerical", "regression"):
+        kind = "number"
+        answer = record.label("solution")
+        if parse_number(answer) is None or re.search(r"\s\d", answer):  # "1 1/2", "3 x 10^5"
             return None
     else:
-        record.check(problem_type == "multiple choice", "problem_type", f"{problem_type[:60]!r} is unknown; use "
-                     "multiple choice, numerical, regression, OCR or free-form")
-        kind, options = "choice", record.options(record.texts("options"))
-        answer = record.answer("solution", options)
+        unscored = problem_type in ("OCR", "free-form")
+        record.check(unscored, "problem_type", f"{problem_type[:60]!r} is unknown; use multiple "
+                     "choice, numerical, regression, OCR or free-form")
+        return None
     medium = record.text("data_type")
     record.check(medium in ("video", "image"), "data_type", "write video or image")
-    record.check(step is None or type(step) is int and step >= 0, "crucial_step", "write an integer, counted from 0")
-    group = record.text("data_source") if record.fields.get("data_source") else problem_type
-    return {"question": record.text("problem"), "options": options, "answer": answer, "kind": kind, "group": group,
-            "duration": record.number("duration"), "crucial_step": step, medium: record.text("path")}
+    crucial = record.fields.get("crucial_frame")
+    counted = crucial is None or type(crucial) is int and crucial >= 0
+    record.check(counted, "crucial_frame", "write an integer, counted from 0")
+    return Sample(record.id, record.text("problem"), options, answer, kind,
+                  duration=record.number("duration"), crucial_frame=crucial,
+                  group=clean(record.fields.get("data_source")) or problem_type,
+                  **{medium: record.text("path")})
 
 
-def _read_next_gqa(record: Record, seed: list[int]) -> dict:
-    options, answer = record.options(record.texts("options")), record.fields.get("answer")
-    if re.fullmatch("[0-9]{1,2}", str(answer)):
-        record.check(int(answer) < len(options), "answer", f"not among the {len(options)} options; count from 0")
-        answer = LETTERS[int(answer)]
+def read_next_gqa(record: Record) -> Sample:
+    options = record.options("options")
+    try:
+        spans = [(float(start), float(end)) for start, end in record.fields.get("time_clues")]
+    except (TypeError, ValueError, OverflowError):
+        spans = []
+    ordered = spans and all(start <= end < 1e9 for start, end in spans)
+    record.check(ordered, "time_clues", "write [[start, end], ...] in seconds, start first")
+    duration = record.number("duration")
+    record.check(duration and duration > 0, "duration", "write the video's seconds, above 0")
+    return Sample(record.id, record.text("question"), options,
+                  record.answer("answer", options, counted=True), "grounding",
+                  video=record.text("video_path"), duration=duration, spans=spans,
+                  group=clean(record.fields.get("qtype")))
+
+
+def read_seed_bench_r1(record: Record) -> Sample:
+    question = record.text("question")
+    if record.fields.get("golden_choice_idx") is not None:
+        words = [record.text(f"choice_{letter}") for letter in "abcd"]
+        options = record.options("choice_a", words)
+        answer = record.answer("golden_choice_idx", options)
+    else:
+        options, answer = shuffled_options(record, question)
+    source = record.text("video_source")
+    progress = record.fields.get("task_progress_metadata")
+    record.check(isinstance(progress, list), "task_progress_metadata", "no list; write one")
+    video = f"videos/{source}/{record.text('video_basename')}" if progress else None
+    level = re.search("L[123]", record.path.stem)
+    return Sample(record.id, question, options, answer, "choice", video=video,
+                  image=f"images/{source}/{record.text('current_observation_basename')}",
+                  duration=record.number("duration") or None, group=level[0] if level else source)
+
+
+def shuffled_options(record: Record, question: str) -> tuple[list[str], str]:
+    """(options, answer) of a SEED-Bench-R1 training record, which lists incorrect answers only.
+
+    The shuffle follows from the record's own content, so it is the same in every run and file.
+    """
+    correct = " ".join(record.text("answer").split())
+    incorrect = list(dict.fromkeys(record.texts("negative_answers")))
+    incorrect = [words for words in incorrect if plain_words(words) != plain_words(correct)]
+    count = len(incorrect)
+    record.check(count >= 3, "negative_answers", f"{count} incorrect answers; write at least 3")
+    rng = np.random.default_rng(zlib.crc32(f"{question}\n{correct}".encode()))
+    options = [correct] + [incorrect[i] for i in rng.choice(count, 3, replace=False)]
+    options = [options[i] for i in rng.permutation(4)]
+    return options, LETTERS[options.index(correct)]
+
+
+def read_perception_test(record: Record) -> Sample | None:
+    if "problem" in record.fields:
+        return read_video_r1(record)
+    options = record.options("options")
+    return Sample(record.id, record.text("question"), options,
+                  record.answer("answer_id", options, counted=True), "choice",
+                  video=f"{record.text('video_name')}.mp4", group=clean(record.fields.get("area")))
+
+
+def read_next_qa(record: Record) -> Sample:
+    options = record.options("a0", [record.text(f"a{i}") for i in range(5)])
+    return Sample(record.id, record.text("question"), options,
+                  record.answer("answer", options, counted=True), "choice",
+                  video=f"{record.text('video')}.mp4", group=clean(record.fields.get("type")))
+
+
+# Where MVBench keeps the videos of its 20 tasks. Two tasks may hold different videos of one name.
+MVBENCH_FOLDERS = {
+    "clevrer/video_validation": "object_existence moving_direction moving_count moving_attribute "
+                                "counterfactual_inference",
+    "perception/videos": "object_shuffle action_count state_change character_order",
+    "star/Charades_v1_480": "action_sequence action_prediction object_interaction",
+    "ssv2_video": "action_antonym", "Moments_in_Time_Raw/videos": "fine_grained_action",
+    "FunQA_test/test": "unexpected_action", "sta/sta_video": "action_localization",
+    "scene_qa/video": "scene_transition", "nturgbd": "fine_grained_pose",
+    "vlnqa": "egocentric_navigation", "tvqa/frames_fps3_hq": "episodic_reasoning"}
+MVBENCH_PROMPT = (
+    "Carefully watch the video and pay attention to the cause and sequence of events, the detail "
+    "and movement of objects, and the action and pose of persons. Based on your observations, "
+    "select the best option that accurately addresses the question.\nQuestion: ")
+
+
+def read_mvbench(record: Record) -> Sample:
+    options = record.options("candidates")
+    words = record.text("answer")
+    if words in options:  # "A" may be an option's words: words come before letters here
+        answer = LETTERS[options.index(words)]
     else:
         answer = record.answer("answer", options)
-    spans, duration = record.fields.get("time_clues"), record.number("duration")
-    pairs = isinstance(spans, list) and spans and all(isinstance(s, list) and len(s) == 2 for s in spans)
-    record.check(pairs, "time_clues", "write a list of [start, end] in seconds")
-    spans = [tuple(record.number("time_clues", time) for time in span) for span in spans]
-    ordered = all(None not in span and span[0] <= span[1] for span in spans)
-    record.check(ordered, "time_clues", "a span ends before it starts; write [start, end]")
-    record.check(duration and duration > 0, "duration", "missing or not above 0; write the seconds of the video")
-    return dict(question=record.text("question"), options=options, answer=answer, kind="grounding", spans=spans,
-                duration=duration, group=str(record.fields.get("qtype", "")), video=record.text("video_path"))
+    task = clean(record.fields.get("task")) or re.sub("_[0-9]+$", "", record.path.stem)
+    folders = [folder for folder, tasks in MVBENCH_FOLDERS.items() if task in tasks.split()]
+    bounds = record.number("start"), record.number("end")
+    return Sample(record.id, MVBENCH_PROMPT + record.text("question"), options, answer, "choice",
+                  video="/".join(["video", *folders, record.text("video")]), group=task,
+                  bounds=None if None in bounds else bounds)
 
 
-def _read_seed_bench_r1(record: Record, seed: list[int]) -> dict:
-    if record.fields.get("golden_choice_idx") is not None:
-        options = record.options([record.text(f"choice_{c}") for c in "abcd"], "choice_a")
-        answer = record.answer("golden_choice_idx", options)
-    else:  # training records name wrong answers: three of them, shuffled alike in every run
-        right, rng = " ".join(record.text("answer").split()), np.random.default_rng(seed)
-        wrong = [w for w in dict.fromkeys(record.texts("negative_answers")) if _plain(w) != _plain(right)]
-        record.check(len(wrong) >= 3, "negative_answers", f"{len(wrong)} wrong answers; write at least 3")
-        options = [wrong[i] for i in rng.choice(len(wrong), 3, replace=False)]
-        answer = LETTERS[rng.integers(4)]
-        options.insert(LETTERS.index(answer), right)
-    source, progress = record.text("video_source"), record.fields.get("task_progress_metadata")
-    record.check(isinstance(progress, list), "task_progress_metadata", "no list; an empty list means no video")
-    return dict(question=record.text("question"), options=options, answer=answer, kind="choice", group=source,
-                duration=record.number("duration") or None,
-                video=f"videos/{source}/{record.text('video_basename')}" if progress else None,
-                image=f"images/{source}/{record.text('current_observation_basename')}")
+def read_vsi_bench(record: Record) -> Sample:
+    kind, options = "number", []
+    if record.fields.get("options"):
+        kind = "choice"
+        options = record.options("options")
+        answer = record.answer("ground_truth", options)
+    else:
+        answer = record.text("ground_truth")
+        record.check(parse_number(answer) is not None, "ground_truth", "write a number")
+    return Sample(record.id, f"These are frames of a video.\n{record.text('question')}", options,
+                  answer, kind, video=f"{record.text('dataset')}/{record.text('scene_name')}.mp4",
+                  group=clean(record.fields.get("question_type")), overall="tasks")
 
 
-# by the field that gives the format away: Video-R1 (Perception Test, the built-in task), NExT-GQA, SEED-Bench-R1
-_READERS = {"problem": _read_video_r1, "time_clues": _read_next_gqa,
-            "current_observation_basename": _read_seed_bench_r1}
+FORMATS = {  # name: (a field that only this format has, its reader)
+    "video_r1": ("problem", read_video_r1),
+    "next_gqa": ("time_clues", read_next_gqa),
+    "seed_bench_r1": ("current_observation_basename", read_seed_bench_r1),
+    "perception_test": ("answer_id", read_perception_test),
+    "next_qa": ("a0", read_next_qa),
+    "mvbench": ("candidates", read_mvbench),
+    "vsi_bench": ("scene_name", read_vsi_bench),
+}
 
 
-def json_records(path: Path) -> list[dict]:
-    records = []
+def read_sample(record: Record, benchmark: str | None) -> Sample | None:
+    if benchmark is not None:
+        return FORMATS[benchmark][1](record)
+    for mark, reader in FORMATS.values():
+        if mark in record.fields:
+            return reader(record)
+    marks = ", ".join(f"{name} has {mark!r}" for name, (mark, _) in FORMATS.items())
+    fields = ", ".join(map(repr, record.fields))
+    raise DataError(f"{record.id}: no known format; {marks}; this has {fields[:200]}")
+
+
+def json_values(text: str) -> Iterator:
+    """Yields the values of a JSON list one at a time: a large file is never in memory as dicts."""
+    opening = re.match(r"[ \t\n\r]*\[[ \t\n\r]*", text)
+    if opening is None:
+        yield from perception_test_records(json.loads(text))
+        return
+    decoder = json.JSONDecoder()
+    separator = re.compile(r"[ \t\n\r]*([,\]]?)[ \t\n\r]*")
+    position = opening.end()
+    closed = False
+    while not closed:
+        value, position = decoder.raw_decode(text, position)
+        yield value
+        match = separator.match(text, position)
+        position = match.end()
+        closed = match[1] == "]"
+        if match[1] == "" or closed and position < len(text):
+            raise ValueError(f"no ',' or end of the list at character {position}")
+
+
+def perception_test_records(content) -> Iterator[dict]:
+    """Perception Test's form: {video: {"mc_question": [record, ...]}, ...}."""
+    if not isinstance(content, dict) or not content:
+        raise ValueError("not a list of records")
+    for name, video in content.items():
+        for question in video["mc_question"]:
+            yield {"video_name": name, **question}
+
+
+def file_values(path: Path) -> Iterator:
+    if path.suffix == ".json":
+        yield from json_values(path.read_text(encoding="utf-8-sig"))
+        return
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        if path.suffix == ".csv":
+            yield from csv.DictReader(file)
+            return
+        for line in file:
+            if line.strip():
+                yield json.loads(line)
+
+
+def read_records(path: Path, name: str) -> Iterator[Record]:
+    """The records of a .json, .jsonl or .csv file. Raises DataError."""
+    number = 0
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".jsonl":
-            for line in filter(str.strip, text.split("\n")):  # not splitlines: a string may hold U+2028
-                records.append(json.loads(line))
-        else:
-            records = json.loads(text)
+        for fields in file_values(path):
+            if not isinstance(fields, dict):
+                raise ValueError('a record is {"problem": ..., ...}')
+            yield Record(path, f"{name}:{number}", fields)
+            number += 1
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); give an annotation, .json or .jsonl") from None
-    except (ValueError, RecursionError) as error:
-        at = f", record {len(records)}" if path.suffix == ".jsonl" else ""
-        raise DataError(f"{path}{at}: no JSON in UTF-8 ({error}); is the file complete?") from None
-    if not isinstance(records, list) or not records:
-        raise DataError(f"{path}: not a list of records; write [{{...}}, ...], or one record a line in .jsonl")
-    for number, record in enumerate(records):
-        if not isinstance(record, dict):
-            raise DataError(f"{path}, record {number}: not a record; write {{\"problem\": ..., ...}}")
-    return records
+        raise DataError(f"{path}: cannot be read ({error.strerror}); give an annotation, .json, "
+                        ".jsonl or .csv") from None
+    except (ValueError, KeyError, TypeError, RecursionError, csv.Error) as error:
+        cause = " ".join(str(error).split())[:200]
+        raise DataError(f"{path}, record {number}: no list of records in UTF-8 JSON or CSV "
+                        f"({cause}); is the file complete?") from None
 
 
-class Finder:
-    """Looks paths up, on their text alone: data sets may contain symbolic links."""
+class FileFinder:
+    """Looks paths up by their text only: data sets may hold symbolic links.
 
-    def __init__(self, root: Optional[str], folder: Path):
-        self.root, self.folder = root, folder
+    Every folder is listed once, because data sets may ask for some 100,000 files of one folder.
+    """
+
+    def __init__(self, root: str | None):
+        self.root = root
+        self.names_in: dict[str, set[str]] = {}  # by folder
+
+    def exists(self, path: str) -> bool:
+        folder, name = os.path.split(path)
+        if folder not in self.names_in:
+            names = set()
+            with suppress(OSError, ValueError):  # ValueError: a null character
+                for entry in os.scandir(folder):
+                    if not entry.is_symlink() or os.path.exists(entry.path):
+                        names.add(entry.name)
+            self.names_in[folder] = names
+        return name in self.names_in[folder]
 
     @cached_property
-    def by_name(self) -> dict[str, list[str]]:  # walks the whole tree, once, if something is not found without
-        names = defaultdict(list)
-        for folder, _, files in os.walk(self.root):
-            for name in files:
-                names[name].append(os.path.join(folder, name))
-        return names
+    def path_of_name(self) -> dict[str, str | None]:
+        """Walks the whole tree, once, if something is not found without."""
+        paths = {}
+        for folder, _, names in os.walk(self.root):
+            for name in names:  # of two of one name neither: it may be another video
+                paths[name] = None if name in paths else os.path.join(folder, name)
+        return paths
 
-    def find(self, path: str) -> Optional[str]:
+    def find(self, path: str, folder: Path) -> str | None:
+        """Below the root as written, then by ever shorter tails, then by name. Without a root: from
+        the folder, as written."""
         if self.root is None:
-            place = os.path.join(self.folder, path)
-            return place if os.path.exists(place) else None
-        parts = [part for part in path.split("/") if part not in ("", ".")]
-        places = [os.path.join(self.root, *parts[i:]) for i in range(len(parts))]  # as given, then ever shorter tails
-        found = next(filter(os.path.exists, places), None)
-        same = [found] if found else self.by_name[os.path.basename(path)]
-        return same[0] if len(same) == 1 else None  # of two alike, none: a guess may be another video
+            place = os.path.join(folder, path).rstrip("/")
+            return place if self.exists(place) else None
+        names = [name for name in path.split("/") if name not in ("", ".")]
+        for start in range(len(names)):
+            place = os.path.join(self.root, *names[start:])
+            if self.exists(place):
+                return place
+        return self.path_of_name.get(os.path.basename(path))
+
+    def locate(self, record: Record, sample: Sample) -> None:
+        """Replaces the sample's paths by those of its files; what is not found is missing."""
+        for medium in ("video", "image"):
+            path = getattr(sample, medium)
+            if path is None:
+                continue
+            if self.root is not None and ".." in path.split("/"):
+                raise record.error(medium, f"{path[:200]!r} leaves the video folder; drop the '..'")
+            found = self.find(path, record.path.parent)
+            setattr(sample, medium, found)
+            if found is None:
+                sample.missing.append(path)
 
 
-def escaped(text: str) -> str:
-    """For the terminal: what is no printable character, as names and responses may hold, becomes its escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def load_samples(path, video_root=None, benchmark: str | None = None) -> list[Sample]:
+    """Reads annotations of the formats in FORMATS, for training and benchmarks.
 
-
-def with_files(samples: list[Sample], source: str, skip_missing: bool, announce: bool = True) -> list[Sample]:
-    """The samples whose files are there. Missing files are listed, and are an error if they may not be skipped."""
-    missing = list(dict.fromkeys(name for sample in samples for name in sample.missing))
-    if missing and announce:
-        print(f"{source}: {len(missing)} files are missing:", *map(escaped, missing[:10]), sep="\n  ", file=sys.stderr)
-    if missing and not skip_missing:
-        raise DataError(f"{source}: {len(missing)} files are missing, the first {missing[0]}; mend --video_root, or leave "
-                        "these samples out by --skip_missing")
-    present = [sample for sample in samples if not sample.missing]
-    if not present:
-        raise DataError(f"{source}: no sample is left; mend --video_root")
-    return present
-
-
-def load_samples(path, video_root=None, *, seed: int = 0) -> list[Sample]:
-    """Reads annotations: Video-R1, Perception Test, NExT-GQA, SEED-Bench-R1, built-in, told by their fields.
-
-    path: one .json or .jsonl, or several joined by commas. video_root: a video is looked up there as given, then by its
-    longest existing tail, then by its name; None: as given, from the annotation's folder. Videos not found are listed
-    in `Sample.missing`. Records that no rule can score (OCR, free-form, numerical without a number) are left out; their
-    number is logged. seed: shuffles the options of SEED-Bench-R1 training records.
-    Raises DataError, one line, on the first bad record.
+    path: one .json, .jsonl or .csv file, or several joined by commas.
+    video_root: a video is looked up there as written, then by its longest existing tail, then by
+        its name. None: as written, from the annotation's folder. Files that are not found are
+        listed in `Sample.missing`.
+    benchmark: a key of FORMATS. None: the fields of each record tell the format.
+    Records that no rule can score (OCR, free-form, numerical without a number) are left out, and
+    their number is logged. Raises DataError, one line, on the first record that cannot be used.
     """
     if video_root is not None and not os.path.isdir(video_root):
         raise DataError(f"{video_root}: no such folder; give the folder of the videos")
-    paths = [Path(part.strip()) for part in str(path).split(",") if part.strip()]
-    samples, left_out = [], Counter()
-    for file_number, path in enumerate(paths):
-        name = path.name if sum(p.name == path.name for p in paths) == 1 else str(path)  # ids stay unique
-        finder = Finder(video_root, path.parent)
-        for number, fields in enumerate(json_records(path)):
-            record = Record(f"{name}, record {number}", fields)
-            reader = next((reader for mark, reader in _READERS.items() if mark in fields), None)
-            if reader is None:
-                raise DataError(f"{record.where}: fields {sorted(fields)[:8]!r} are of no known format; Video-R1 has "
-                                "'problem', NExT-GQA 'time_clues', SEED-Bench-R1 'current_observation_basename'")
-            values = reader(record, [seed, file_number, number])
-            if values is None:
-                left_out[fields["problem_type"]] += 1
+    if benchmark is not None and benchmark not in FORMATS:
+        raise DataError(f"benchmark {benchmark!r} is unknown; use one of {', '.join(FORMATS)}")
+    paths = [Path(name.strip()) for name in str(path).split(",") if name.strip()]
+    files_of_name = Counter(path.name for path in paths)
+    finder = FileFinder(video_root)
+    samples = []
+    left_out = Counter()
+    for path in paths:
+        name = path.name if files_of_name[path.name] == 1 else str(path)  # ids stay unique
+        for record in read_records(path, name):
+            sample = read_sample(record, benchmark)
+            if sample is None:
+                left_out[record.fields["problem_type"]] += 1
                 continue
-            given = {medium: values[medium] for medium in ("video", "image") if values.get(medium)}
-            if video_root is not None and any(".." in place.split("/") for place in given.values()):
-                raise DataError(f"{record.where}: {str(given)[:200]} leaves the video folder; drop the '..'")
-            found = {medium: finder.find(place) for medium, place in given.items()}
-            missing = [given[medium] for medium in given if found[medium] is None]
-            samples.append(Sample(f"{name}:{number}", **values | found, missing=missing))
+            finder.locate(record, sample)
+            samples.append(sample)
     if left_out:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
-        logging.getLogger("appo").warning("%d records left out, no rule can score them: %s", left_out.total(), kinds)
+        message = f"{left_out.total()} records left out, no rule can score them: {kinds}"
+        logging.getLogger("appo").warning(message)
     if not samples:
-        raise DataError(f"{path}: no record that a rule can score; add multiple choice or numerical ones")
+        raise DataError(f"{path}: no record that can be scored; give multiple choice or numbers")
     return samples
 
 
-# ---------------------------------------------------------------------------------------------- frames and their times
+def with_files(samples: list[Sample], source: str, skip_missing: bool,
+               announce: bool = True) -> list[Sample]:
+    """The samples whose files are there. Missing files are listed, and without skip_missing they
+    are a DataError."""
+    missing = list(dict.fromkeys(path for sample in samples for path in sample.missing))
+    title = f"{source}: {len(missing)} files are missing"
+    if missing and announce:
+        print(f"{title}:", *map(repr, missing[:10]), sep="\n  ", file=sys.stderr)
+    if missing and not skip_missing:
+        raise DataError(f"{title}, the first {missing[0]!r}; fix --video_root, or leave these "
+                        "samples out with --skip_missing")
+    present = [sample for sample in samples if not sample.missing]
+    if not present:
+        raise DataError(f"{source}: no sample is left; fix --video_root")
+    return present
 
-def frame_indices(count: int, rate: float, fps: float, max_frames: int, bounds=None) -> tuple[np.ndarray, float]:
-    """Which frames are taken of a video of `count` frames at `rate` a second -> (indices [n], seconds covered).
 
-    n = the largest even number not above min(max(D * fps, 4), max_frames, count), at least 2, as Qwen's own utility:
-    22 s at fps 1 and max_frames 16 -> 16 frames, 8 visual steps of 2 * 22 / 16 = 2.75 s. bounds: (start, end) in
-    seconds narrow the video first; raises ValueError if they lie outside.
+# ------------------------------------------------------------------- sampled frames and their times
+
+def frame_indices(count: int, rate: float, fps: float, max_frames: int,
+                  bounds=None) -> tuple[np.ndarray, float]:
+    """The frames to sample of a video of `count` frames at `rate` per second
+    -> (indices (n,), seconds covered).
+
+    n = the largest even number not above min(max(D * fps, 4), max_frames, count), at least 2, as
+    in Qwen's own utility: 22 s at fps 1 and max_frames 16 -> 16 sampled frames, 8 visual frames of
+    2 * 22 / 16 = 2.75 s. bounds: (start, end) in seconds narrow the video first. Raises ValueError
+    if they lie outside.
     """
     first, last = 0, count - 1
     if bounds is not None:
-        first, last = max(0, round(bounds[0] * rate)), min(last, round(bounds[1] * rate))
+        first = max(0, round(bounds[0] * rate))
+        last = min(last, round(bounds[1] * rate))
         if first > last:
-            raise ValueError(f"its bounds {bounds[0]:g} to {bounds[1]:g} s lie outside the video")
+            raise ValueError(f"bounds {bounds[0]:g} to {bounds[1]:g} s lie outside the video")
     count = last - first + 1
     duration = count / rate
-    n = max(2, int(min(max(duration * fps, 4), max_frames, count)) // 2 * 2)
+    limit = int(min(max(duration * fps, 4), max_frames, count))
+    n = max(2, limit // 2 * 2)
     return np.linspace(first, last, n).round().astype(np.int64), duration
 
 
 def read_picture(path: str) -> Tensor:
-    """uint8 [3, H, W]; raises what Pillow raises."""
+    """uint8 (3, H, W). Raises what Pillow raises."""
     from PIL import Image  # for pictures only
     with Image.open(path) as image:
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
-def sample_frames(path: str, fps: float, max_frames: int, bounds=None,
-                  each: Callable[[Tensor], Tensor] = lambda frame: frame) -> tuple[Tensor, float, float]:
-    """Evenly spaced frames: (uint8 [n, 3, H, W], seconds per visual step = 2 * D / n, D seconds), by `frame_indices`.
-
-    path: a video, or a folder of pictures (3 a second). each: applied to every frame [3, H, W] before the next is read,
-    so that one full-size frame is in memory at a time. Raises ValueError, and what decord, Pillow and torch raise.
-    """
+def open_video(path: str) -> tuple[int, float, Callable[[int], Tensor]]:
+    """(frames, frames per second, reader of frame i as uint8 (3, H, W)) of a video file or of a
+    folder of pictures, which count as 3 per second."""
     if os.path.isdir(path):
-        names = [name for name in os.listdir(path) if name.lower().endswith((".jpg", ".jpeg", ".png", ".bmp", ".webp"))]
-        names.sort(key=lambda name: ([int(digits) for digits in re.findall("[0-9]{1,18}", name)], name))  # 9 before 10
-        count, rate = len(names), 3.0  # as MVBench cut them
-    elif os.path.isfile(path):  # a named pipe is none: opening it would wait for its writer
-        video, names = decord.VideoReader(path, num_threads=1), None
-        count, rate = len(video), float(video.get_avg_fps())
-    else:
+        endings = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+        names = [name for name in os.listdir(path) if name.lower().endswith(endings)]
+        names.sort(key=lambda name: (len(name), name))  # 9.png comes before 10.png
+        return len(names), 3.0, lambda index: read_picture(os.path.join(path, names[index]))
+    if not os.path.isfile(path):  # opening a named pipe would wait for its writer
         raise ValueError("neither a file nor a folder")
+    video = decord.VideoReader(path, num_threads=1)
+
+    def read(index: int) -> Tensor:
+        video.seek_accurate(index)  # exact: decodes on from the last or from the key frame before
+        return torch.from_numpy(video.next().asnumpy()).permute(2, 0, 1)
+
+    return len(video), float(video.get_avg_fps()), read
+
+
+def sample_frames(path: str, fps: float, max_frames: int, bounds=None,
+                  each: Callable[[Tensor], Tensor] = lambda frame: frame):
+    """Evenly spaced frames by `frame_indices`, from a video or a folder of pictures
+    -> (uint8 (n, 3, H, W), seconds per visual frame = 2 * D / n, D seconds).
+
+    each: applied to every frame (3, H, W) before the next is read, so that only one full-size frame
+    is in memory at a time. Raises ValueError, and what decord, Pillow and torch raise.
+    """
+    count, rate, read = open_video(path)
     if not (count > 0 and 0 < rate < math.inf):
-        raise ValueError(f"{count} frames at {rate} a second")
+        raise ValueError(f"{count} frames at {rate} per second")
     indices, duration = frame_indices(count, rate, fps, max_frames, bounds)
-    frames = []
-    for index in indices.tolist():
-        if names:
-            frame = read_picture(os.path.join(path, names[index]))
-        else:
-            video.seek_accurate(index)  # exact: decodes on from the last frame or from the key frame before
-            frame = torch.from_numpy(video.next().asnumpy()).permute(2, 0, 1)  # [3, H, W]
-        frames.append(each(frame))
-    return torch.stack(frames), 2 * duration / len(frames), duration
+    frames = torch.stack([each(read(index)) for index in indices.tolist()])  # (n, 3, H, W)
+    return frames, 2 * duration / len(frames), duration
 
 
-# ------------------------------------------------------------------------------------------------------------- patches
+# ---------------------------------------------------------------------------------------- patches
 
-PATCH, MERGE = 14, 2  # pixels of a patch's side; patches of a merged token's side
-PIXEL_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
-PIXEL_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+PATCH = 14  # pixels of a patch's side
+MERGE = 2  # patches of a visual token's side
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def resized_size(height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Qwen's smart resize: multiples of 28 nearest to the size, brought between the pixel limits. Example: 240 x 426
-    with both limits 50,176 -> 168 x 280, 60 tokens. Raises ValueError if one side is over 200 times the other."""
+    """Qwen's smart resize: the nearest multiples of 28, brought between the pixel limits.
+
+    Example: 240 x 426 with both limits 50,176 -> 168 x 280, 60 tokens. Raises ValueError if one
+    side is over 200 times the other.
+    """
     unit = PATCH * MERGE
     if max(height, width) > 200 * min(height, width):
         raise ValueError(f"{width} x {height} pixels: one side is over 200 times the other")
-    new = [round(side / unit) * unit for side in (height, width)]
-    if new[0] * new[1] > max_pixels:
+    sides = [round(side / unit) * unit for side in (height, width)]
+    if sides[0] * sides[1] > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
-        new = [max(unit, math.floor(side / shrink / unit) * unit) for side in (height, width)]
-    elif new[0] * new[1] < min_pixels:
+        sides = [max(unit, math.floor(side / shrink / unit) * unit) for side in (height, width)]
+    elif sides[0] * sides[1] < min_pixels:
         grow = math.sqrt(min_pixels / (height * width))
-        new = [math.ceil(side * grow / unit) * unit for side in (height, width)]
-    return new[0], new[1]
+        sides = [math.ceil(side * grow / unit) * unit for side in (height, width)]
+    return sides[0], sides[1]
 
 
-def _resize(frames: Tensor, min_pixels: int, max_pixels: int) -> Tensor:
+def resize_frames(frames: Tensor, min_pixels: int, max_pixels: int) -> Tensor:
+    """uint8 (T, 3, H, W) -> uint8 (T, 3, H', W') of `resized_size`."""
     size = resized_size(*frames.shape[-2:], min_pixels, max_pixels)
     if size == tuple(frames.shape[-2:]):
         return frames
-    return F.interpolate(frames, size=size, mode="bicubic", antialias=True)  # uint8: float would differ by 0.15
+    # On uint8, as Qwen's processor: on floats the result would differ by up to 0.15.
+    return F.interpolate(frames, size=size, mode="bicubic", antialias=True)
 
 
-def _patchify(frames: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+def per_channel(values: tuple[float, float, float]) -> Tensor:
+    return torch.tensor(values).view(3, 1, 1)
+
+
+def patchify(frames: Tensor) -> tuple[Tensor, Grid]:
+    """uint8 (T, 3, 14h, 14w), h and w even -> (patches float32 (t*h*w, 1176), (t, h, w))."""
     if len(frames) % 2:
-        frames = torch.cat([frames, frames[-1:]])  # a visual step is two frames
-    x = (frames.float() / 255 - PIXEL_MEAN) / PIXEL_STD  # [T, 3, h*14, w*14]
+        frames = torch.cat([frames, frames[-1:]])  # a visual frame is two sampled frames
+    x = (frames.float() / 255 - per_channel(PIXEL_MEAN)) / per_channel(PIXEL_STD)
     t, h, w = len(x) // 2, x.shape[2] // PATCH, x.shape[3] // PATCH
     x = x.reshape(t, 2, 3, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH)
-    x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)  # [t, h/2, w/2, 2, 2, channel, 2 frames, 14, 14]: merged tokens together
-    return x.reshape(t * h * w, 3 * 2 * PATCH * PATCH), (t, h, w)  # [t*h*w, 1176]
+    # The 4 patches of a visual token come together: (t, h/2, w/2, 2, 2, 3, 2 frames, 14, 14).
+    x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
+    return x.reshape(t * h * w, 3 * 2 * PATCH * PATCH), (t, h, w)  # (t*h*w, 1176)
 
 
-def frames_to_patches(frames: Tensor, min_pixels: int, max_pixels: int) -> tuple[Tensor, tuple[int, int, int]]:
-    """Frames as Qwen2.5-VL's vision tower takes them.
+def patches_to_frames(patches: Tensor, grid: Grid) -> Tensor:
+    """The inverse of `patchify`: (t*h*w, 1176), (t, h, w) -> uint8 (2t, 3, 14h, 14w)."""
+    t, h, w = grid
+    x = patches.reshape(t, h // MERGE, w // MERGE, MERGE, MERGE, 3, 2, PATCH, PATCH)
+    x = x.permute(0, 6, 5, 1, 3, 7, 2, 4, 8)  # (t, 2 frames, 3, h/2, 2, 14, w/2, 2, 14)
+    x = x.reshape(2 * t, 3, h * PATCH, w * PATCH)
+    x = (x * per_channel(PIXEL_STD) + per_channel(PIXEL_MEAN)) * 255
+    return x.round().clamp(0, 255).to(torch.uint8)
 
-    frames: uint8 [T, 3, H, W], RGB; an odd T repeats the last frame; min_pixels, max_pixels: limits of ONE frame's area
-    -> (patches float32 [t*h*w, 1176], (t, h, w)) with t = ceil(T / 2), h and w in patches of 14 pixels: 16 frames of
-    224 x 224 -> [2048, 1176], (8, 16, 16), 512 tokens. Raises ValueError if one side is over 200 times the other.
+
+def frames_to_patches(frames: Tensor, min_pixels: int,
+                      max_pixels: int) -> tuple[Tensor, Grid]:
+    """Frames as the vision tower of Qwen2.5-VL takes them.
+
+    frames: uint8 (T, 3, H, W), RGB; an odd T repeats the last frame. min_pixels, max_pixels:
+    limits of ONE frame's area -> (patches float32 (t*h*w, 1176), (t, h, w)) with t = ceil(T / 2),
+    h and w in patches of 14 pixels: 16 frames of 224 x 224 -> (2048, 1176), (8, 16, 16), 512
+    tokens. Raises ValueError if one side is over 200 times the other.
     """
-    return _patchify(_resize(frames, min_pixels, max_pixels))
+    return patchify(resize_frames(frames, min_pixels, max_pixels))
+
+
+def mask_patches(patches: Tensor, grids: list[Grid],
+                 rng: np.random.Generator) -> Tensor:
+    """PAPO's mask (arXiv 2507.06448): a copy with each 14 x 14 patch black with probability 0.6.
+
+    patches: (sum of t*h*w, 1176) of the grids (t, h, w), one after the other. The same positions
+    are black in all frames of a video: with (2, 2, 2), patches 1 and 5 share their fate.
+    """
+    black = (-per_channel(PIXEL_MEAN) / per_channel(PIXEL_STD)).flatten()  # pixel value 0
+    black = black.repeat_interleave(2 * PATCH * PATCH)  # (1176,)
+    masked = patches.clone()
+    start = 0
+    for t, h, w in grids:
+        blackened = torch.from_numpy(rng.random(h * w) < 0.6).repeat(t)  # (t*h*w,)
+        masked[start + blackened.nonzero().flatten()] = black
+        start += t * h * w
+    return masked
 
 
 @dataclass
 class Visual:
     """What the vision tower gets for one sample, the video before the picture."""
-    patches: Tensor  # float32 [N, 1176]
-    masked_patches: Optional[Tensor]  # the same with cells blackened, if asked for
-    video_grids: list[tuple[int, int, int]]  # (t, h, w) in patches
-    image_grids: list[tuple[int, int, int]]
-    seconds_per_grid: list[float]  # seconds per visual step of each video
-    duration: Optional[float]  # seconds of the video that the frames cover
-    num_frames: int  # sampled frames
+    patches: Tensor  # float32 (N, 1176)
+    video_grids: list[Grid]  # (t, h, w) in patches
+    image_grids: list[Grid]
+    seconds_per_grid: list[float]  # seconds per visual frame of each video
+    duration: float | None  # seconds of the video that the frames cover
+    sampled_frames: int
 
 
-def _mask(seed, height: int, width: int) -> Tensor:
-    """bool [H, W]: False in the 14 x 14 cells to blacken, each with probability 0.6."""
-    keep = np.random.default_rng(seed).random((-(-height // PATCH), -(-width // PATCH))) >= 0.6
-    return torch.from_numpy(keep.repeat(PATCH, 0).repeat(PATCH, 1)[:height, :width])
+@contextmanager
+def video_errors(path: str):
+    try:
+        yield
+    except Exception as error:  # decord, Pillow and torch raise some twenty kinds for damaged files
+        reason = " ".join(str(error).split())
+        reason = re.sub(r"\[[0-9:]+\] \S+ ", "", reason)[:200]  # without decord's source lines
+        kind = type(error).__name__
+        raise VideoError(f"{path!r}: cannot be read ({kind}: {reason})") from None
 
 
-def read_visual(sample: Sample, *, fps: float, max_frames: int, min_pixels: int, max_pixels: int,
-                mask_seed=None) -> Visual:
-    """Decodes a sample's video and picture into patches, one full-size frame in memory at a time.
+def read_visual(sample: Sample, *, fps: float, max_frames: int, min_pixels: int,
+                max_pixels: int) -> Visual:
+    """Decodes a sample's video and picture into patches, with one full-size frame in memory at a
+    time. Raises VideoError."""
+    def resize(frame: Tensor) -> Tensor:  # (3, H, W)
+        return resize_frames(frame[None], min_pixels, max_pixels)[0]
 
-    mask_seed: ints; each 14 x 14 cell of the decoded frames is blackened with probability 0.6 before
-    resizing, alike in all frames of the sample (PAPO, arXiv 2507.06448). Raises VideoError.
-    """
     if sample.missing:  # never go on without the video that the question is about
         raise VideoError(f"{sample.missing[0]!r}: not found")
-
-    def shrink(frame: Tensor) -> Tensor:  # [3, H, W] -> [1, 3, h, w], with the masked one [2, 3, h, w]
-        versions = [frame] if mask_seed is None else [frame, frame * _mask(mask_seed, *frame.shape[1:])]
-        return _resize(torch.stack(versions), min_pixels, max_pixels)
-
-    visual = Visual(torch.empty(0, 1176), None, [], [], [], None, 0)
-    parts = [torch.empty(1 if mask_seed is None else 2, 0, 1176)]
-    for path, grids in ((sample.video, visual.video_grids), (sample.image, visual.image_grids)):
-        if path is None:
-            continue
-        try:
-            if grids is visual.video_grids:
-                frames, seconds, visual.duration = sample_frames(path, fps, max_frames, sample.bounds, shrink)
-                visual.seconds_per_grid, visual.num_frames = [seconds], len(frames)  # [n, 1 or 2, 3, h, w]
-            else:
-                frames = shrink(read_picture(path))[None]
-        except Exception as error:  # decord, Pillow and torch raise some twenty kinds for damaged files
-            reason = re.sub(r"\[[0-9:]+\] \S+ ", "", " ".join(str(error).split()))[:200]  # no decord source lines
-            raise VideoError(f"{path!r}: cannot be read ({type(error).__name__}: {reason})") from None
-        patches, (grid, *_) = zip(*map(_patchify, frames.unbind(1)))
-        parts.append(torch.stack(patches))  # [1 or 2, t*h*w, 1176]
-        grids.append(grid)
-    visual.patches, *masked = torch.cat(parts, dim=1)  # [N, 1176] each
-    visual.masked_patches = masked[0] if masked else None
+    visual = Visual(torch.empty(0, 3 * 2 * PATCH * PATCH), [], [], [], None, 0)
+    if sample.video is not None:
+        with video_errors(sample.video):
+            frames, seconds, visual.duration = sample_frames(
+                sample.video, fps, max_frames, sample.bounds, resize)
+            visual.patches, grid = patchify(frames)
+        visual.video_grids = [grid]
+        visual.seconds_per_grid = [seconds]
+        visual.sampled_frames = len(frames)
+    if sample.image is not None:
+        with video_errors(sample.image):
+            patches, grid = patchify(resize(read_picture(sample.image))[None])
+        visual.image_grids = [grid]
+        visual.patches = torch.cat([visual.patches, patches])
     return visual
 
 
-# -------------------------------------------------------------------------------------------------- decoding processes
+# ----------------------------------------------------------------------------- decoding processes
 
-def _serve(fd: int) -> None:
-    """The life of a decoding process: requests in, patches out, until the other side is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the parent decides when we go
+def serve_decoder() -> None:
+    """The life of a decoding process: samples in, visuals out, until the parent is gone."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to all processes; the parent decides
         signal.signal(number, signal.SIG_IGN)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the codecs' chatter
     torch.set_num_threads(1)
-    with suppress(ValueError):  # 4 GiB: a 16K frame fits, a bomb does not. ValueError: there is a stricter limit
-        resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, resource.getrlimit(resource.RLIMIT_DATA)[1]))
-    connection = Connection(fd)
+    if sys.platform == "linux":
+        import resource
+        with suppress(ValueError):  # there is a stricter limit
+            hard_limit = resource.getrlimit(resource.RLIMIT_DATA)[1]
+            # 4 GiB: a 16K frame fits, a decompression bomb does not.
+            resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, hard_limit))
+    connection = Connection(0)
     with suppress(EOFError, ConnectionError):
         connection.send("ready")
         while True:
             fields, settings, seconds = connection.recv()
-            signal.alarm(seconds)  # ends us, out of a decoder that hangs too, should the parent be gone
+            signal.alarm(seconds)  # ends this process, even a hanging one, if the parent is gone
             try:
-                visual = vars(read_visual(Sample(**fields), **settings))
-                reply = {name: v.numpy() if isinstance(v, Tensor) else v for name, v in visual.items()}, None
+                visual = read_visual(Sample(**fields), **settings)
+                # As an array: a tensor would travel through shared memory.
+                reply = vars(visual) | {"patches": visual.patches.numpy()}
             except VideoError as error:
-                reply = None, str(error)
+                reply = str(error)
             signal.alarm(0)
             connection.send(reply)
+
+
+class Decoder:
+    """A decoding process and the connection to it."""
+
+    def __init__(self):
+        self.connection, far_end = multiprocessing.Pipe()
+        command = [sys.executable, os.path.abspath(__file__)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with far_end:  # the process has it as its standard input
+            self.process = subprocess.Popen(command, stdin=far_end, env=environment)
+
+    def wait_until_ready(self) -> None:
+        with suppress(EOFError, OSError):
+            # It imports torch, perhaps from a slow network disk.
+            if self.connection.poll(300) and self.connection.recv() == "ready":
+                return
+        self.end()
+        status = self.process.returncode
+        raise RuntimeError(f"a decoding process did not start (exit status {status})")
+
+    def read(self, sample: Sample, settings: dict, timeout: float) -> Visual:
+        name = repr(sample.video or sample.image)
+        try:
+            self.connection.send((asdict(sample), settings, math.ceil(timeout) + 1))
+            reply = self.connection.recv() if self.connection.poll(timeout) else None
+        except (EOFError, OSError):
+            self.end()
+            raise VideoError(f"{name}: its decoding process died") from None
+        if reply is None:
+            self.end()
+            raise VideoError(f"{name}: not decoded within {timeout:g} s")
+        if isinstance(reply, str):
+            raise VideoError(reply)
+        return Visual(**reply | {"patches": torch.from_numpy(reply["patches"])})
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
 
 
 class VideoReader:
     """Reads samples in long-lived processes that are timed out, ended and restarted one by one.
 
-    with VideoReader(2, timeout=60, fps=1, max_frames=16, min_pixels=50176, max_pixels=50176) as reader:
+    with VideoReader(2, timeout=60, fps=1, max_frames=16, min_pixels=50176,
+                     max_pixels=50176) as reader:
         visual = reader.submit(sample).result()
 
-    Each thread owns a process: a video that hangs or crashes its decoder costs that sample alone.
+    Each thread owns a process, so a video that hangs or crashes its decoder costs that sample only.
     """
 
-    def __init__(self, processes: int = 2, timeout: float = 60.0, *, fps: float, max_frames: int, min_pixels: int,
-                 max_pixels: int):
-        self.timeout, self.settings = timeout, dict(fps=fps, max_frames=max_frames, min_pixels=min_pixels,
-                                                    max_pixels=max_pixels)
+    def __init__(self, processes: int = 2, timeout: float = 60.0, **settings):
+        """settings: fps, max_frames, min_pixels, max_pixels, as `read_visual` takes them."""
+        self.timeout = timeout
+        self.settings = settings
         self._threads = ThreadPoolExecutor(processes, thread_name_prefix="decode")
-        self._decoders: dict[int, tuple[subprocess.Popen, Connection]] = {}  # by thread
-        self._lock, self._closed = threading.Lock(), False
+        self._decoders: dict[int, Decoder] = {}  # by thread
+        self._lock = threading.Lock()
+        self._closed = False
 
-    def submit(self, sample: Sample, mask_seed=None) -> Future:
-        """Future of Visual, or of VideoError: cannot be read, time-out, crash of the decoder. A RuntimeError that is no
-        VideoError means that no decoding process can be started at all."""
-        return self._threads.submit(self._read, sample, mask_seed)
+    def submit(self, sample: Sample) -> Future:
+        """Future of Visual, or of VideoError: cannot be read, time-out, crash of the decoder. A
+        RuntimeError that is no VideoError means that no decoding process can be started at all."""
+        return self._threads.submit(self._read, sample)
 
-    def _decoder(self) -> tuple[subprocess.Popen, Connection]:
-        """This thread's process, started if there is none or if it died."""
+    def _read(self, sample: Sample) -> Visual:
+        """Reads in this thread's process, which is started if there is none or if it died."""
         with self._lock:
             if self._closed:
                 raise VideoError("the reader was closed")
-            process, connection = self._decoders.get(threading.get_ident(), (None, None))
-            if process is not None and process.poll() is None:
-                return process, connection
-            connection, theirs = multiprocessing.Pipe()
-            with theirs:
-                command = [sys.executable, os.path.abspath(__file__), str(theirs.fileno())]
-                process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
-                                           env={**os.environ, "OMP_NUM_THREADS": "1"})
-            self._decoders[threading.get_ident()] = process, connection
-        with suppress(EOFError, OSError):
-            if connection.poll(300) and connection.recv() == "ready":  # importing torch from a cold network disk
-                return process, connection
-        process.kill()
-        raise RuntimeError(f"a decoding process did not start (exit status {process.wait()})")
-
-    def _read(self, sample: Sample, mask_seed) -> Visual:
-        process, connection = self._decoder()
-        try:
-            connection.send((vars(sample), self.settings | {"mask_seed": mask_seed}, math.ceil(self.timeout) + 1))
-            if connection.poll(self.timeout):
-                fields, reason = connection.recv()
-                if reason is not None:
-                    raise VideoError(reason)
-                return Visual(**{k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in fields.items()})
-            reason = f"not decoded within {self.timeout:g} s"
-        except (EOFError, OSError):
-            reason = "its decoding process died"
-        process.kill()
-        process.wait()
-        raise VideoError(f"{sample.video or sample.image!r}: {reason}")
+            decoder = self._decoders.get(threading.get_ident())
+            starting = decoder is None or decoder.process.poll() is not None
+            if starting:
+                decoder = self._decoders[threading.get_ident()] = Decoder()
+        if starting:
+            decoder.wait_until_ready()
+        return decoder.read(sample, self.settings, self.timeout)
 
     def close(self, *_) -> None:
-        """Ends the processes at once; reads under way fail, reads not begun are cancelled."""
+        """Ends the processes at once. Reads under way fail, reads not begun are cancelled."""
         with self._lock:
             self._closed = True
-            for process, _ in self._decoders.values():
-                process.kill()  # its thread, if it waits, sees the end of the connection
+            for decoder in self._decoders.values():
+                decoder.end()  # a thread that waits for it sees the end of the connection
         self._threads.shutdown(wait=True, cancel_futures=True)
-        for process, connection in self._decoders.values():
-            process.wait()
-            connection.close()
+        for decoder in self._decoders.values():
+            decoder.connection.close()
 
     def __enter__(self):
         return self
@@ -541,202 +815,286 @@ class VideoReader:
     __exit__ = close
 
 
-# ------------------------------------------------------------------------------------------------------------- prompts
+# ---------------------------------------------------------------------------------------- prompts
 
 @dataclass(kw_only=True)
 class Prompt(Visual):
-    """A sample as the model takes it: P tokens, N patches, F visual steps."""
+    """A sample as the model takes it: P tokens, N patches, F visual frames."""
     sample: Sample
-    input_ids: Tensor  # int64 [P]
-    frame_of_token: Tensor  # int64 [P]: visual step of a video token, -1 elsewhere
-    num_steps: int  # F; 0 without a video
+    input_ids: Tensor  # int64 (P,)
+    frame_of_token: Tensor  # int64 (P,): visual frame of a video token, -1 elsewhere
+    num_frames: int  # F; 0 without a video
 
 
-def prompt_text(sample: Sample, visual: Optional[Visual]) -> str:
-    """The user's words: question, options a line each, instruction (Fig. E; Fig. D for grounding; none for a description)."""
-    question = "\n".join([sample.question] + [f"{letter}. {words}" for letter, words in zip(LETTERS, sample.options)])
+def prompt_text(sample: Sample, visual: Visual | None) -> str:
+    """The user's words: question, options on lines of their own, instruction (supplement, Fig. E;
+    Fig. D for grounding; none for a description)."""
+    options = [f"{letter}. {words}" for letter, words in zip(LETTERS, sample.options)]
+    question = "\n".join([sample.question, *options])
     if sample.kind == "description":
         return question
     if sample.kind != "grounding":
-        return (f"{question}\nOutput the thinking process in <think> </think> and final answer in <answer> </answer> "
-                "tags, i.e., <think> reasoning process here </think><answer> answer here </answer>.")
-    return (f"The video is {sample.duration:g} seconds long, with {visual.num_frames} frames evenly sampled from it.\n"
-            "Based on the video content, think about the question deeply, select the correct option, and provide ONE "
-            "or MORE time periods in the video where the clues corresponding to the correct option occur.\n"
+        return (f"{question} Output the thinking process in <think> </think> and final answer in "
+                "<answer> </answer> tags, i.e., <think> reasoning process here </think><answer> "
+                "answer here </answer>.")
+    return (f"The video is {sample.duration:g} seconds long, with {visual.sampled_frames} frames "
+            "evenly sampled from it.\n"
+            "Based on the video content, think about the question deeply, select the correct "
+            "option, and provide ONE or MORE time periods in the video where the clues "
+            "corresponding to the correct option occur.\n"
             f"Question: {question}\n"
-            "Output the thinking process in <think> </think> tags, final answer in <answer> </answer> tags and time "
-            "clues in <time> </time> tags, i.e., <think> reasoning process here </think> <answer> answer here "
-            "</answer> <time> 8.4 to 12.5, 25 to 30.2 </time>")
+            "Output the thinking process in <think> </think> tags, final answer in <answer> "
+            "</answer> tags and time clues in <time> </time> tags, i.e., <think> reasoning process "
+            "here </think> <answer> answer here </answer> <time> 8.4 to 12.5, 25 to 30.2 </time>")
+
+
+def chat_tokens(sample: Sample, visual: Visual, tokenizer) -> list[int]:
+    # "<|im_end|>" in a question must stay words, not end the turn: control tokens start with "<|".
+    words = prompt_text(sample, visual).replace("<|", "< |")
+    content = [{"type": "video"} for _ in visual.video_grids]
+    content += [{"type": "image"} for _ in visual.image_grids]
+    content += [{"type": "text", "text": words}]
+    messages = [{"role": "user", "content": content}]
+    chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tokenizer(chat, add_special_tokens=False)["input_ids"]
 
 
 def build_prompt(sample: Sample, visual: Visual, tokenizer) -> Prompt:
-    """Tokenises the chat and widens each picture token to the tokens of its grid.
+    """Tokenises the chat and widens each visual token to the tokens of its grid.
 
-    A grid (t, h, w) takes t * h * w / 4 tokens: (2, 4, 4) becomes 8, with frame_of_token 0 0 0 0 1 1 1 1.
-    Raises ValueError if the tokenizer's chat template does not place the video and the picture.
+    A grid (t, h, w) takes t * h * w / 4 tokens: (2, 4, 4) becomes 8, with frame_of_token
+    0 0 0 0 1 1 1 1. Raises ValueError if the tokenizer's chat template does not place the video and
+    the picture.
     """
-    # "<|im_end|>" in a question must stay four words, not end the turn: every control token starts with "<|"
-    words = prompt_text(sample, visual).replace("<|", "< |")
-    content = [{"type": "video"}] * len(visual.video_grids) + [{"type": "image"}] * len(visual.image_grids)
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": content + [{"type": "text", "text": words}]}],
-                                         add_generation_prompt=True, tokenize=False)
-    tokens = tokenizer(chat, add_special_tokens=False)["input_ids"]
-    video, image = (tokenizer.convert_tokens_to_ids(token) for token in ("<|video_pad|>", "<|image_pad|>"))
+    tokens = chat_tokens(sample, visual, tokenizer)
+    video = tokenizer.convert_tokens_to_ids("<|video_pad|>")
+    image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     grids = {video: list(visual.video_grids), image: list(visual.image_grids)}
     if any(tokens.count(token) != len(grids[token]) for token in grids):
-        raise ValueError("the chat template does not place each video and picture once; is it Qwen2.5-VL's?")
-    ids, steps = [], []
+        raise ValueError("the chat template does not place each video and picture once; is it "
+                         "Qwen2.5-VL's?")
+    input_ids = []
+    frame_of_token = []
     for token in tokens:
-        t, h, w = grids[token].pop(0) if token in grids else (1, 2, 2)  # a word takes one token
-        ids += [token] * (t * h * w // 4)
-        steps += [step if token == video else -1 for step in range(t) for _ in range(h * w // 4)]
-    num_steps, crucial = sum(t for t, _, _ in visual.video_grids), sample.crucial_step
-    if crucial is not None and (visual.seconds_per_grid != [2.0] or crucial >= num_steps):
-        sample = replace(sample, crucial_step=None)  # other frames make other steps
-    return Prompt(**vars(visual), sample=sample, input_ids=torch.tensor(ids), frame_of_token=torch.tensor(steps),
-                  num_steps=num_steps)
+        t, h, w = grids[token].pop(0) if token in grids else (1, MERGE, MERGE)  # a word: 1 token
+        tokens_per_frame = h * w // MERGE ** 2
+        input_ids += [token] * (t * tokens_per_frame)
+        for frame in range(t):
+            frame_of_token += [frame if token == video else -1] * tokens_per_frame
+    num_frames = sum(t for t, _, _ in visual.video_grids)
+    crucial = sample.crucial_frame
+    if crucial is not None and (visual.seconds_per_grid != [2.0] or crucial >= num_frames):
+        sample = replace(sample, crucial_frame=None)  # it counts visual frames of 2 s
+    return Prompt(**vars(visual), sample=sample, input_ids=torch.tensor(input_ids),
+                  frame_of_token=torch.tensor(frame_of_token), num_frames=num_frames)
 
 
-def read_ahead(reader: VideoReader, batches: Iterable[dict]) -> Iterator[dict[int, tuple[Sample, Future]]]:
-    """Batches {position: (sample, mask_seed or None)} -> {position: (sample, its Visual to come)}, each being decoded
-    while the one before it is at work. The position is the caller's and names the sample's place."""
-    coming = ({position: (sample, reader.submit(sample, mask)) for position, (sample, mask) in batch.items()}
-              for batch in batches)
-    for batch, _ in pairwise(chain(coming, [None])):  # the next batch is submitted before this one is handed out
-        yield batch
+def read_ahead(reader: VideoReader, batches: Iterable[dict[int, Sample]]
+               ) -> Iterator[dict[int, tuple[Sample, Future]]]:
+    """Batches {position: sample} -> {position: (sample, its Visual to come)}.
+
+    Each batch is decoded while the caller works on the one before. The position is the caller's
+    name for the sample's place.
+    """
+    previous = None
+    for batch in batches:
+        coming = {at: (sample, reader.submit(sample)) for at, sample in batch.items()}
+        if previous is not None:
+            yield previous
+        previous = coming
+    if previous is not None:
+        yield previous
 
 
-def build_prompts(batch: dict[int, tuple[Sample, Future]], tokenizer, max_tokens: int):
-    """(prompts by position, a record of every sample that is left out with the reason): what cannot be read is
-    `unreadable`; prompts of more than `max_tokens` tokens are never cut."""
-    prompts, skipped = {}, []
+def build_prompts(batch: dict[int, tuple[Sample, Future]], tokenizer,
+                  max_tokens: int) -> tuple[dict[int, Prompt], list[dict]]:
+    """(prompts by position, a record of every sample that is left out, with the reason).
+
+    A sample that cannot be read is `unreadable`. A prompt of more than max_tokens tokens is left
+    out, never cut.
+    """
+    prompts = {}
+    skipped = []
     for position, (sample, visual) in batch.items():
+        reason, unreadable = None, False
         try:
-            prompt, unreadable = build_prompt(sample, visual.result(), tokenizer), False
-            if len(prompt.input_ids) <= max_tokens:
-                prompts[position] = prompt
-                continue
-            reason = f"prompt of {len(prompt.input_ids)} tokens, over the limit of {max_tokens}"
+            prompt = build_prompt(sample, visual.result(), tokenizer)
+            count = len(prompt.input_ids)
+            if count > max_tokens:
+                reason = f"prompt of {count} tokens, over the limit of {max_tokens}"
         except VideoError as error:
             reason, unreadable = str(error), True
-        path = sample.video or sample.image
-        skipped.append(dict(position=position, id=sample.id, path=path, reason=reason, unreadable=unreadable))
+        if reason is None:
+            prompts[position] = prompt
+        else:
+            path = sample.video or sample.image
+            skipped.append(dict(position=position, id=sample.id, path=path, reason=reason,
+                                unreadable=unreadable))
     return prompts, skipped
 
 
-# --------------------------------------------------------------------------------- rewards, in linear time on any text
+# ------------------------------------------------- rewards, in linear time whatever the response is
 
-def element_text(text: str, tag: str) -> Optional[str]:
-    """What stands in the only <tag> element; None if there are none or several, or it is not closed."""
-    if text.count(f"<{tag}>") != 1 or text.count(f"</{tag}>") != 1:
+def element_text(text: str, tag: str) -> str | None:
+    """What stands in the only <tag> element; None if there are none or several, or an unclosed."""
+    opening, closing = f"<{tag}>", f"</{tag}>"
+    if text.count(opening) != 1 or text.count(closing) != 1:
         return None
-    match = re.search(f"<{tag}>(.*)</{tag}>", text, re.DOTALL)
-    return match[1].strip() if match else None
+    start, end = text.index(opening) + len(opening), text.index(closing)
+    return text[start:end].strip() if start <= end else None
 
 
-def _plain(text: str) -> str:
+def plain_words(text: str) -> str:
     return " ".join(text.split()).rstrip(" .").casefold()
 
 
-def match_choice(text: str, options: list[str]) -> Optional[int]:
-    """Index of the option that a text names: "C", "C.", "(C)", "C. the words" or the words alone; else None."""
-    match = re.match(r"\(([A-Z])\)|([A-Z])[.):]|([A-Z])(?=[\s.]*$)", text.strip())
+CHOICE = re.compile(r"\(([A-Z])\)|([A-Z])[.):]|([A-Z])(?=[\s.]*$)")  # "(C)", "C." or only "C"
+
+
+def match_choice(text: str, options: list[str]) -> int | None:
+    """Index of the option that a text names: "C", "C.", "(C)", "C. the words" or only the words.
+    None if it names no option, or words that two options share."""
+    text = text.strip()
+    match = CHOICE.match(text)
     if match:
-        index, rest = LETTERS.index(match[match.lastindex]), _plain(text.strip()[match.end():])
-        if index < len(options) and rest in ("", _plain(options[index])):
+        index = LETTERS.index(match[match.lastindex])
+        rest = plain_words(text[match.end():])
+        if index < len(options) and (rest == "" or rest == plain_words(options[index])):
             return index
-    same = [i for i, words in enumerate(options) if _plain(words) == _plain(text) != ""]
-    return same[0] if len(same) == 1 else None  # words that two options share name neither
+    text = plain_words(text)
+    same = [index for index, words in enumerate(options) if plain_words(words) == text]
+    return same[0] if text and len(same) == 1 else None
 
 
-_NUMBER = re.compile(r"[+-]?(?=\.?[0-9])(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]*)?(?:[eE][+-]?[0-9]{1,3})?")
+NUMBER = re.compile(r"[+-]?(?=\.?[0-9])(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]*)?"
+                    r"(?:[eE][+-]?[0-9]{1,3})?")
 
 
-def parse_number(text: str) -> Optional[float]:
-    """The number that a text starts with; a unit may follow ("12.5 meters"). ASCII digits only, finite."""
-    word = (text.split(None, 1) or [""])[0].rstrip(".%")
-    if len(word) > 40 or not _NUMBER.fullmatch(word):
+def parse_number(text: str) -> float | None:
+    """The number that a text starts with, in ASCII digits and finite; a unit may follow
+    ("12.5 meters")."""
+    first, *_ = text.split(None, 1) or [""]
+    digits = first.rstrip(".%")
+    if len(digits) > 40 or not NUMBER.fullmatch(digits):
         return None
-    value = float(word.replace(",", ""))
+    value = float(digits.replace(",", ""))
     return value if math.isfinite(value) else None
 
 
 def mean_relative_accuracy(pred: float, target: float) -> float:
-    """Mean over theta in {0.50, 0.55, .., 0.95} of [|pred - target| / |target| <= 1 - theta] (VSI-Bench).
-    Examples: 95 for 100 -> 1.0; 150 for 100 -> 0.1; target 0 -> 1.0 for 0, else 0.0."""
+    """Mean over theta in {0.50, 0.55, .., 0.95} of [|pred - target| / |target| <= 1 - theta]
+    (VSI-Bench). Examples: 95 for 100 -> 1.0; 150 for 100 -> 0.1; target 0 -> 1.0 for 0, else 0.0.
+    """
     error = abs(pred - target) / abs(target) if target else float(pred != 0)
-    return sum(error <= 0.05 * k + 1e-9 for k in range(1, 11)) / 10  # 1e-9: 0.05 is not exact in binary
+    return sum(error <= 0.05 * k + 1e-9 for k in range(1, 11)) / 10  # 0.05 is not exact in binary
 
 
 def accuracy_reward(response: str, sample: Sample) -> float:
-    """1.0 if the single <answer> element names the right option, else 0.0; numbers: mean relative accuracy."""
+    """1.0 if the only <answer> element names the correct option, else 0.0. Numbers: mean relative
+    accuracy."""
     answer = element_text(response, "answer") or ""
     if sample.kind == "number":
         pred = parse_number(answer)
-        return 0.0 if pred is None else mean_relative_accuracy(pred, parse_number(sample.answer))
+        if pred is None:
+            return 0.0
+        return mean_relative_accuracy(pred, parse_number(sample.answer))
     choice = match_choice(answer, sample.options)
     return float(choice is not None and LETTERS[choice] == sample.answer)
 
 
 def format_reward(response: str, sample: Sample) -> float:
-    """1.0 for <think>..</think><answer>..</answer> (grounding: then <time>..</time>) and nothing else but space."""
-    tags = ("think", "answer", "time") if sample.kind == "grounding" else ("think", "answer")
-    if any(response.count(mark) != 1 for tag in tags for mark in (f"<{tag}>", f"</{tag}>")):
-        return 0.0
+    """1.0 for <think>..</think><answer>..</answer> (grounding: then <time>..</time>) with nothing
+    else around them but space, else 0.0."""
+    tags = ["think", "answer"]
+    if sample.kind == "grounding":
+        tags.append("time")
+    for tag in tags:
+        if response.count(f"<{tag}>") != 1 or response.count(f"</{tag}>") != 1:
+            return 0.0
     elements = r"\s*".join(f"<{tag}>.*</{tag}>" for tag in tags)
     return float(re.fullmatch(rf"\s*{elements}\s*", response, re.DOTALL) is not None)
 
 
-_SECONDS = r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)) ?(?:s|secs?|seconds?)?"
-_SPAN = re.compile(rf"(?:from )?{_SECONDS} ?(?:to|-|\u2013|\u2014) ?{_SECONDS}")
+SECONDS = r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)) ?(?:s|secs?|seconds?)?"
+SPAN = re.compile(rf"(?:from )?{SECONDS} ?(?:to|-|\u2013|\u2014) ?{SECONDS}")
 
 
-def parse_spans(text: str) -> list[tuple[float, float]]:
-    """"8.4 to 12.5, 25s - 30.2s" -> [(8.4, 12.5), (25.0, 30.2)]; pieces that are no span, or end first, drop out."""
+def parse_spans(text: str) -> list[Span]:
+    """"8.4 to 12.5, 25s - 30.2s" -> [(8.4, 12.5), (25.0, 30.2)]. Pieces that are no span, or end
+    before they start, drop out."""
     spans = []
     for piece in re.split(r"[,;\n]|\band\b", text.lower()):
         piece = " ".join(piece.split()).lstrip(" [({").rstrip(" ])}.")
-        match = _SPAN.fullmatch(piece) if len(piece) <= 60 else None  # a short piece has a bounded cost
+        if len(piece) > 60:  # the cost of a short piece is bounded
+            continue
+        match = SPAN.fullmatch(piece)
         if match and float(match[1]) < float(match[2]):
             spans.append((float(match[1]), float(match[2])))
     return spans
 
 
-def temporal_iou(pred_spans, label_spans, duration: float) -> tuple[float, float]:
-    """(IoU, IoP) of two unions of (start, end) spans in seconds, clipped to [0, duration] (NExT-GQA).
+def union_length(spans: list[Span]) -> float:
+    length = end_so_far = 0.0
+    for start, end in sorted(spans):
+        length += max(0.0, end - max(start, end_so_far))
+        end_so_far = max(end, end_so_far)
+    return length
 
-    IoU = |P and T| / |P or T|, IoP = |P and T| / |P|; 0 for an empty P. P = 2 to 6, T = 4 to 10 -> (0.25, 0.5).
+
+def temporal_iou(pred_spans, label_spans, duration: float) -> tuple[float, float]:
+    """(IoU, IoP) of two unions of (start, end) spans in seconds, clipped to [0, duration]
+    (NExT-GQA).
+
+    IoU = |P and T| / |P or T|, IoP = |P and T| / |P|; 0 for an empty P. P = 2 to 6, T = 4 to 10
+    -> (0.25, 0.5).
     """
-    unions = [np.array(spans, dtype=float).reshape(-1, 2).clip(0, duration) for spans in (pred_spans, label_spans)]
-    unions = [spans[spans[:, 0] < spans[:, 1]] for spans in unions]
-    edges = np.unique(np.concatenate(unions))  # they cut the time into pieces, each inside or outside of a union
-    inside = []  # bool [pieces] each: up to the piece's start more spans have begun than ended
-    for spans in unions:
-        begun, ended = (np.searchsorted(np.sort(times), edges[:-1], side="right") for times in spans.T)
-        inside.append(begun > ended)
-    (pred, label), lengths = inside, np.diff(edges)
-    both, either, own = (float(lengths[pieces].sum()) for pieces in (pred & label, pred | label, pred))
-    return (both / either, both / own) if own > 0 else (0.0, 0.0)
+    def clip(spans):
+        return [(max(0.0, start), min(end, duration)) for start, end in spans]
+
+    pred, label = clip(pred_spans), clip(label_spans)
+    length = union_length(pred)
+    if length == 0:
+        return 0.0, 0.0
+    either = union_length(pred + label)
+    both = max(0.0, length + union_length(label) - either)
+    return both / either, both / length
+
+
+def predicted_spans(response: str) -> list[Span]:
+    return parse_spans(element_text(response, "time") or "")
 
 
 def temporal_iou_reward(response: str, sample: Sample) -> float:
-    """IoU of the spans in the single <time> element with the labelled ones; 0.0 where there are none."""
-    return temporal_iou(parse_spans(element_text(response, "time") or ""), sample.spans, sample.duration)[0]
+    """IoU of the spans in the only <time> element with the labelled ones; 0.0 without spans."""
+    return temporal_iou(predicted_spans(response), sample.spans, sample.duration)[0]
+
+
+def score_response(response: str, sample: Sample) -> dict[str, float]:
+    """accuracy (numbers: mean relative accuracy) and format. Grounding: also iou, iop and acc_gqa,
+    which is 1 for a correct answer with an IoP of at least 0.5."""
+    accuracy = accuracy_reward(response, sample)
+    scores = {"accuracy": accuracy, "format": format_reward(response, sample)}
+    if sample.kind == "grounding":
+        iou, iop = temporal_iou(predicted_spans(response), sample.spans, sample.duration)
+        scores |= {"iou": iou, "iop": iop, "acc_gqa": float(accuracy == 1 and iop >= 0.5)}
+    return scores
 
 
 def task_reward(response: str, sample: Sample) -> tuple[float, float, float]:
-    """(reward, accuracy, format): 0.9 x accuracy + 0.1 x format; grounding: accuracy + 0.1 x format + IoU."""
-    accuracy, form = accuracy_reward(response, sample), format_reward(response, sample)
+    """(reward, accuracy, format): 0.9 x accuracy + 0.1 x format; grounding: accuracy + 0.1 x format
+    + IoU."""
+    scores = score_response(response, sample)
+    accuracy, formatted = scores["accuracy"], scores["format"]
     if sample.kind == "grounding":
-        return accuracy + 0.1 * form + temporal_iou_reward(response, sample), accuracy, form
-    return 0.9 * accuracy + 0.1 * form, accuracy, form
+        return accuracy + 0.1 * formatted + scores["iou"], accuracy, formatted
+    return 0.9 * accuracy + 0.1 * formatted, accuracy, formatted
 
 
-# --------------------------------------------------------------------------------------------------- the built-in task
+# ------------------------------------------------------------------------------ the built-in task
 
-_DRAW = {  # x to the right, y down, -1 to 1 over a cell
-    "star": lambda x, y: np.hypot(x, y) < 0.4 + 0.6 * (1 - 2 * np.abs(
-        (np.arctan2(x, -y) * 2.5 / np.pi + 0.5) % 1 - 0.5)) ** 2,
+OUTLINES = {  # x to the right, y down, from -1 to 1 over a quarter of the picture
+    "star": lambda x, y: np.hypot(x, y) < 0.4 + 0.6 * (
+        1 - 2 * np.abs((np.arctan2(x, -y) * 2.5 / np.pi + 0.5) % 1 - 0.5)) ** 2,
     "circle": lambda x, y: np.hypot(x, y) < 0.7,
     "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) < 0.9,
     "triangle": lambda x, y: (np.abs(x) < (y + 0.95) / 2) & (y < 0.9),
@@ -745,146 +1103,181 @@ _DRAW = {  # x to the right, y down, -1 to 1 over a cell
     "moon": lambda x, y: (np.hypot(x, y) < 0.95) & (np.hypot(x - 0.5, y) > 0.7),
     "hourglass": lambda x, y: (np.abs(x) < np.abs(y)) & (np.abs(y) < 0.9),
 }
-_PAINT = {"red": (220, 50, 50), "green": (50, 190, 70), "blue": (60, 90, 230), "yellow": (230, 210, 60)}
-TOY_SHAPES, TOY_COLOURS = tuple(_DRAW), tuple(_PAINT)
-TOY_TOKEN = r"</?[a-z]+>|\w+|[^\w\s]"  # what counts as one word for the built-in task's tokenizer
-_TOY_LEADS = ("the", "i see a", "there is a", "look at the video : a")
+RGB = {"red": (220, 50, 50), "green": (50, 190, 70), "blue": (60, 90, 230),
+       "yellow": (230, 210, 60)}
+TOY_SHAPES, TOY_COLOURS = tuple(OUTLINES), tuple(RGB)
+TOY_WORD = r"</?[a-z]+>|\w+|[^\w\s]"  # a word of the built-in task and of its tokenizer
+TOY_LEADS = ("the", "i see a", "there is a", "look at the video : a")
+TOY_PIXELS = 56 * 56
 
-
-def _toy_plan(rng: np.random.Generator) -> tuple[list[str], list[str], list[int]]:
-    """What the 8 steps show: each shape once, and each colour twice, so that no colour is the better guess."""
+def toy_plan(rng: np.random.Generator) -> tuple[list[str], list[str], list[int]]:
+    """(shapes, colours, cells) that the 8 visual frames show: each shape once, and each colour
+    twice, so that no colour is the better guess."""
     shapes = [TOY_SHAPES[i] for i in rng.permutation(8)]
     colours = [TOY_COLOURS[i % 4] for i in rng.permutation(8)]
     return shapes, colours, rng.integers(4, size=8).tolist()
 
 
 def toy_video(rng: np.random.Generator) -> tuple[Tensor, list[str], list[str], list[int]]:
-    """One built-in video: (frames uint8 [16, 3, 56, 56], shapes [8], colours [8], cells [8]).
+    """One built-in video: (sampled frames uint8 (16, 3, 56, 56), shapes, colours, cells (8 each)).
 
-    Entry s of the lists is visual step s (frames 2s and 2s + 1, equal but for noise of 20 grey levels): one shape, in
-    cell c at row c // 2, column c % 2, which is merged token 4 * s + c of the video.
+    Entry f of the lists is visual frame f: sampled frames 2f and 2f + 1, equal but for noise of 20
+    grey levels. It shows one shape, in cell c at row c // 2, column c % 2, which is visual token
+    4 * f + c of the video.
     """
-    shapes, colours, cells = _toy_plan(rng)
+    shapes, colours, cells = toy_plan(rng)
     frames = np.full((8, 1, 56, 56, 3), 60.0)
     y, x = np.mgrid[:28, :28] / 13.5 - 1
-    for step, (shape, colour, cell) in enumerate(zip(shapes, colours, cells)):
+    for frame, (shape, colour, cell) in enumerate(zip(shapes, colours, cells)):
         top, left = 28 * (cell // 2), 28 * (cell % 2)
-        frames[step, 0, top:top + 28, left:left + 28][_DRAW[shape](x, y)] = _PAINT[colour]
+        frames[frame, 0, top:top + 28, left:left + 28][OUTLINES[shape](x, y)] = RGB[colour]
     frames = frames + 20 * rng.standard_normal((8, 2, 56, 56, 3))
     frames = frames.reshape(16, 56, 56, 3).round().clip(0, 255).astype(np.uint8)
     return torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous(), shapes, colours, cells
 
 
-def _toy_sample(shape: str, colour: str, step: Optional[int] = None) -> Sample:
-    return Sample("built-in", f"what colour is the {shape} ?", list(TOY_COLOURS), LETTERS[TOY_COLOURS.index(colour)],
-                  "choice", crucial_step=step)
+def toy_sample(shape: str, colour: str, frame: int | None = None) -> Sample:
+    return Sample("built-in", f"what colour is the {shape} ?", list(TOY_COLOURS),
+                  LETTERS[TOY_COLOURS.index(colour)], "choice", crucial_frame=frame)
 
 
 def toy_response(shape: str, colour: str, rng: np.random.Generator) -> str:
-    """A right answer in one of four wordings; the shape stands directly before the colour."""
-    answer = _toy_sample(shape, colour).answer
-    return f"<think> {_TOY_LEADS[rng.integers(4)]} {shape} {colour} </think> <answer> {answer} </answer>"
+    """A correct response in one of four wordings. The shape stands directly before the colour."""
+    lead = TOY_LEADS[rng.integers(4)]
+    answer = toy_sample(shape, colour).answer
+    return f"<think> {lead} {shape} {colour} </think> <answer> {answer} </answer>"
 
 
 def toy_vocabulary() -> list[str]:
-    """Every word (TOY_TOKEN) of the built-in prompts and responses, each once."""
-    asked = [prompt_text(_toy_sample(shape, "red"), None) for shape in TOY_SHAPES]
-    return list(dict.fromkeys(re.findall(TOY_TOKEN, " ".join([*asked, *_TOY_LEADS, *TOY_COLOURS]))))
+    """Every word (TOY_WORD) of the built-in prompts and responses, each once."""
+    texts = [prompt_text(toy_sample(shape, "red"), None) for shape in TOY_SHAPES]
+    text = " ".join([*texts, *TOY_LEADS, *TOY_COLOURS])
+    return list(dict.fromkeys(re.findall(TOY_WORD, text)))
 
 
-def _write_whole(path: Path, content: bytes) -> None:
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
-    beside.write_bytes(content)
-    os.replace(beside, path)  # an interrupted run leaves the whole file or none
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file so that an interrupted run leaves all of it or nothing."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    unfinished.write_bytes(content)
+    os.replace(unfinished, path)
+
+
+def riff_chunk(name: bytes, content: bytes) -> bytes:
+    return name + struct.pack("<I", len(content)) + content + b"\0" * (len(content) % 2)
 
 
 def write_avi(path, frames: Tensor, fps: float) -> None:
-    """Writes uint8 [T, 3, H, W] as uncompressed 24-bit AVI, the one kind of video that needs no encoder."""
-    def chunk(name: bytes, content: bytes) -> bytes:
-        return name + struct.pack("<I", len(content)) + content + b"\0" * (len(content) % 2)
-
+    """Writes uint8 (T, 3, H, W) as uncompressed 24-bit AVI, the one video format that needs no
+    encoder."""
     count, _, height, width = frames.shape
-    rows = frames.permute(0, 2, 3, 1).flip(1, 3).reshape(count, height, width * 3)  # bottom row first, BGR
+    rows = frames.permute(0, 2, 3, 1).flip(1, 3)  # bottom row first, BGR
+    rows = rows.reshape(count, height, width * 3)
     rows = F.pad(rows, (0, -width * 3 % 4)).contiguous().numpy()  # rows of whole 4 bytes
-    size, rate = rows[0].nbytes, Fraction(fps).limit_denominator(1001)
-    header = struct.pack("<10I16x", round(1e6 / rate), int(size * rate), 0, 0x10, count, 0, 1, size, width, height)
-    stream = struct.pack("<4s4sIHHIIIIIIII4H", b"vids", b"DIB ", 0, 0, 0, 0, rate.denominator, rate.numerator, 0, count,
-                         size, 0xFFFFFFFF, 0, 0, 0, width, height)
+    size = rows[0].nbytes
+    rate = Fraction(fps).limit_denominator(1001)
+    header = struct.pack("<10I16x", round(1e6 / rate), int(size * rate), 0, 0x10, count, 0, 1, size,
+                         width, height)
+    stream = struct.pack("<4s4sIHHIIIIIIII4H", b"vids", b"DIB ", 0, 0, 0, 0, rate.denominator,
+                         rate.numerator, 0, count, size, 0xFFFFFFFF, 0, 0, 0, width, height)
     pixels = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, size, 0, 0, 0, 0)
-    lists = chunk(b"LIST", b"hdrl" + chunk(b"avih", header) + chunk(
-        b"LIST", b"strl" + chunk(b"strh", stream) + chunk(b"strf", pixels)))
-    movie = b"movi" + b"".join(chunk(b"00db", frame.tobytes()) for frame in rows)
-    index = b"".join(struct.pack("<4sIII", b"00db", 0x10, 4 + i * (8 + size), size) for i in range(count))  # all key
-    _write_whole(Path(path), chunk(b"RIFF", b"AVI " + lists + chunk(b"LIST", movie) + chunk(b"idx1", index)))
+    stream_list = b"strl" + riff_chunk(b"strh", stream) + riff_chunk(b"strf", pixels)
+    header_list = b"hdrl" + riff_chunk(b"avih", header) + riff_chunk(b"LIST", stream_list)
+    movie = b"movi" + b"".join(riff_chunk(b"00db", frame.tobytes()) for frame in rows)
+    places = [4 + i * (8 + size) for i in range(count)]
+    index = b"".join(struct.pack("<4sIII", b"00db", 0x10, place, size) for place in places)
+    content = (b"AVI " + riff_chunk(b"LIST", header_list) + riff_chunk(b"LIST", movie)
+               + riff_chunk(b"idx1", index))
+    write_whole(Path(path), riff_chunk(b"RIFF", content))
 
 
-def make_toy_data(folder, videos: tuple[int, int] = (512, 128), questions: int = 4, seed: int = 0) -> None:
-    """Makes folder/train.json, folder/test.json (Video-R1 format) and folder/videos/*.avi, 16 s at 1 frame a second.
+def make_toy_data(folder, videos: tuple[int, int] = (512, 128), questions: int = 4,
+                  seed: int = 0) -> None:
+    """Makes folder/train.json, folder/test.json (Video-R1's form) and folder/videos/*.avi, 16 s at
+    1 frame per second.
 
-    videos: how many to train and to test on; questions: about each. All follows from the seed, and whole files of an
-    earlier call are kept.
+    videos: how many to train and to test on. questions: about each video. Everything follows from
+    the seed. Whole files of an earlier call are kept.
     """
-    folder, options = Path(folder), [f"{letter}. {colour}" for letter, colour in zip(LETTERS, TOY_COLOURS)]
+    folder = Path(folder)
+    options = [f"{letter}. {colour}" for letter, colour in zip(LETTERS, TOY_COLOURS)]
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     for split, (name, count) in enumerate(zip(("train", "test"), videos)):
         records = []
         for number in range(count):
+            key = [seed, split, number]
             path = f"videos/{name}_{seed}_{number:05d}.avi"
-            shapes, colours, _ = _toy_plan(np.random.default_rng([seed, split, number]))
             if not (folder / path).exists():
-                write_avi(folder / path, toy_video(np.random.default_rng([seed, split, number]))[0], 1)
-            for step in np.random.default_rng([seed, split, number, 1]).permutation(8)[:questions].tolist():
-                sample = _toy_sample(shapes[step], colours[step])
+                write_avi(folder / path, toy_video(np.random.default_rng(key))[0], 1)
+            shapes, colours, _ = toy_plan(np.random.default_rng(key))
+            requested = np.random.default_rng([*key, 1]).permutation(8)[:questions]
+            for frame in requested.tolist():
+                sample = toy_sample(shapes[frame], colours[frame])
                 records.append(dict(
-                    problem_id=len(records), problem=sample.question, data_type="video", problem_type="multiple choice",
-                    path=path, data_source="built-in", duration=16.0, crucial_step=step, options=options,
+                    problem_id=len(records), problem=sample.question, data_type="video",
+                    problem_type="multiple choice", path=path, data_source="built-in",
+                    duration=16.0, crucial_frame=frame, options=options,
                     solution=f"<answer>{sample.answer}</answer>"))
-        text, file = json.dumps(records, indent=1).encode(), folder / f"{name}.json"
+        text = json.dumps(records, indent=1).encode()
+        file = folder / f"{name}.json"
         if not file.exists() or file.read_bytes() != text:
-            _write_whole(file, text)
+            write_whole(file, text)
 
 
 @dataclass
 class Lesson:
-    """Supervision for the tiny model: a built-in video, a question about each of its 8 steps, and the answers."""
+    """Supervision for the built-in model: a video, a question about each of its 8 visual frames,
+    and the responses."""
     prompt: Prompt  # up to the end of the video
-    token_words: Tensor  # [visual tokens, 2]: ids of the shape and the colour that a token shows; padding: empty
-    response_ids: Tensor  # [8, R]: the rest of the prompts, then the responses
-    response_mask: Tensor  # bool [8, R]
-    target_mask: Tensor  # bool [8, R]: the responses alone
+    token_words: Tensor  # int64 (visual tokens, 2): shape and colour that a token shows, or padding
+    response_ids: Tensor  # (8, R): the rest of the prompts, then the responses
+    response_mask: Tensor  # bool (8, R)
+    target_mask: Tensor  # bool (8, R): the responses only
 
 
-def toy_prompt(rng: np.random.Generator, tokenizer, step: int = 0) -> tuple[Prompt, list[str], list[str], list[int]]:
-    """(prompt, shapes, colours, cells): a built-in video that is in no file, and the question about one step."""
+def toy_prompt(rng: np.random.Generator, tokenizer,
+               frame: int = 0) -> tuple[Prompt, list[str], list[str], list[int]]:
+    """(prompt, shapes, colours, cells): a built-in video that is in no file, and the question about
+    one of its visual frames."""
     frames, shapes, colours, cells = toy_video(rng)
-    patches, grid = frames_to_patches(frames, 3136, 3136)
-    sample, visual = _toy_sample(shapes[step], colours[step], step), Visual(patches, None, [grid], [], [2.0], 16.0, 16)
+    patches, grid = frames_to_patches(frames, TOY_PIXELS, TOY_PIXELS)
+    sample = toy_sample(shapes[frame], colours[frame], frame)
+    visual = Visual(patches, [grid], [], [2.0], 16.0, 16)
     return build_prompt(sample, visual, tokenizer), shapes, colours, cells
 
 
 def toy_lessons(tokenizer, count: int, seed: int) -> list[Lesson]:
     """Lessons about `count` videos that are in neither train.json nor test.json."""
-    ends, lessons = {}, []
-    for step in range(8):  # after the video, all prompts about a shape are alike
-        prompt, shapes, _, _ = toy_prompt(np.random.default_rng(0), tokenizer, step)
-        shared = int((prompt.frame_of_token >= 0).nonzero().max()) + 2  # through the video and its end mark
-        ends[shapes[step]] = prompt.input_ids[shared:].tolist()
-    for number in range(count):
-        rng = np.random.default_rng([seed, 2, number])
-        prompt, shapes, colours, cells = toy_prompt(rng, tokenizer)
-        prompt = replace(prompt, input_ids=prompt.input_ids[:shared], frame_of_token=prompt.frame_of_token[:shared])
-        words = torch.full((8, 4, 2), tokenizer.pad_token_id)
-        pairs = [tokenizer.convert_tokens_to_ids([shape, colour]) for shape, colour in zip(shapes, colours)]
-        words[range(8), cells] = torch.tensor(pairs)
-        rows = [ends[shape] + tokenizer(toy_response(shape, colour, rng)).input_ids + [tokenizer.eos_token_id]
-                for shape, colour in zip(shapes, colours)]
-        ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)  # [8, R]
-        place = torch.arange(ids.shape[1])
-        real = place < torch.tensor([[len(row)] for row in rows])
-        target = real & (place >= torch.tensor([[len(ends[shape])] for shape in shapes]))
-        lessons.append(Lesson(prompt, words.flatten(0, 1), ids, real, target))
-    return lessons
+    endings = {}  # of the prompts, after the video: all prompts about a shape are alike there
+    for frame in range(8):
+        prompt, shapes, _, _ = toy_prompt(np.random.default_rng(0), tokenizer, frame)
+        video_tokens = (prompt.frame_of_token >= 0).nonzero()
+        shared = int(video_tokens.max()) + 2  # through the video and its end mark
+        endings[shapes[frame]] = prompt.input_ids[shared:].tolist()
+    rngs = [np.random.default_rng([seed, 2, number]) for number in range(count)]
+    return [toy_lesson(tokenizer, rng, endings, shared) for rng in rngs]
+
+
+def toy_lesson(tokenizer, rng: np.random.Generator, endings: dict[str, list[int]],
+               shared: int) -> Lesson:
+    prompt, shapes, colours, cells = toy_prompt(rng, tokenizer)
+    prompt = replace(prompt, input_ids=prompt.input_ids[:shared],
+                     frame_of_token=prompt.frame_of_token[:shared])
+    token_words = torch.full((8, 4, 2), tokenizer.pad_token_id)  # (frame, cell, 2)
+    rows = []
+    target_rows = []
+    for frame, (shape, colour) in enumerate(zip(shapes, colours)):
+        words = tokenizer.convert_tokens_to_ids([shape, colour])
+        token_words[frame, cells[frame]] = torch.tensor(words)
+        response = tokenizer(toy_response(shape, colour, rng))["input_ids"]
+        response = response + [tokenizer.eos_token_id]
+        ending = endings[shape]
+        rows.append(torch.tensor(ending + response))
+        target_rows.append(torch.tensor([False] * len(ending) + [True] * len(response)))
+    mask_rows = [torch.ones(len(row), dtype=torch.bool) for row in rows]
+    return Lesson(prompt, token_words.flatten(0, 1), pad_sequence(rows, batch_first=True),
+                  pad_sequence(mask_rows, batch_first=True),
+                  pad_sequence(target_rows, batch_first=True))
 
 
 if __name__ == "__main__":  # started by VideoReader
-    _serve(int(sys.argv[1]))
+    serve_decoder()
