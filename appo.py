@@ -3,7 +3,7 @@
 APPO trains a video-language model to look at the right frames. Correct responses tend to attend to
 the frames that matter; APPO gives the tokens that attend to those frames a larger weight in the
 policy gradient. Everything else is DAPO: groups of responses to the same prompt, advantages
-relative to the group, and a clipped surrogate loss averaged over tokens.
+relative to the group, and a clipped surrogate loss averaged over a group's tokens.
 
 Read this file from top to bottom. One training step, numbered as in the README:
   1. read     the prompts of the batch (other processes decode the videos ahead of time)
@@ -13,17 +13,20 @@ Read this file from top to bottom. One training step, numbered as in the README:
   5. weights  for the tokens that attend to crucial frames: 1 + alpha * how much the group disagrees
   6. update   clipped policy gradient, with weight * advantage in place of the advantage
 
-Shapes: G responses to a prompt (a group), R response tokens, F frames, V vocabulary entries.
-Responses are padded to R; response_mask is true on real tokens, the end token included.
+Shapes: G responses to a prompt (a group), R response tokens, F frames, C of them crucial, V entries
+of the vocabulary. Responses are padded to R; response_mask is true on real tokens, the end token
+included.
 
-A frame is a visual time step: Qwen2.5-VL merges two sampled frames into one. frame_attention
-(G, R, F) says how much a response token attends to a frame: the attention weight of the query that
-generated the token (the token before it), averaged over the visual tokens of the frame, over all
-heads and over the last `attention_layers` layers. Attending evenly to 1,000 tokens gives 0.001.
+A frame is a visual time step: Qwen2.5-VL merges two sampled frames into one, so 16 sampled frames
+make F = 8. frame_attention (G, R, F) says how much a response token attends to a frame: the
+attention weight of the query that generated the token (the token before it), averaged over the
+visual tokens of the frame, over all heads and over the last `attention_layers` layers. Attending
+evenly to 1,000 tokens gives 0.001.
 
-Up to three copies of the weights exist. The *model* samples; it is whole, and in bf16 on a GPU. The
-*policy* is trained; it is fp32, split over the processes, and copied into the model after each
-step. The *reference* is the frozen start model; only a KL term needs it. With several processes
+Up to three copies of the language model exist. The *model* samples; it is whole, and in bf16 on a
+GPU. The *policy* is trained; it is fp32, split over the processes, and copied into the model after
+each step. The *reference* is the frozen start model; only a KL term needs it. The vision tower is
+frozen, as in the paper: what is trained is where the language model looks. With several processes
 each one has its share of a batch's prompts, and all of them update the same policy.
 
     torchrun appo.py                                        # the built-in task, minutes on a CPU
@@ -34,7 +37,7 @@ import json
 import math
 import time
 from collections import Counter, defaultdict
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Callable, Iterator, Literal, Optional
@@ -43,6 +46,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
@@ -64,16 +68,6 @@ def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
         # Otherwise the rounding error of the mean, divided by eps, would look like an advantage.
         return torch.zeros_like(rewards)
     return (rewards - rewards.mean()) / (rewards.std() + eps)
-
-
-def overlong_penalty(lengths: Tensor, max_new_tokens: int, buffer: int) -> Tensor:
-    """DAPO's soft overlong punishment, to be added to the reward.  lengths (G,) -> float (G,)
-
-    0 up to max_new_tokens - buffer tokens, then linearly down to -1 at max_new_tokens.
-    """
-    if buffer == 0:
-        return torch.zeros(lengths.shape, device=lengths.device)
-    return (max_new_tokens - buffer - lengths).clamp(-buffer, 0) / buffer
 
 
 # -------------------------------------------------------------------------- step 4: crucial frames
@@ -103,7 +97,7 @@ def crucial_frames(frame_attention: Tensor, response_mask: Tensor, accuracy: Ten
     soft: the frames that any correct response focuses on. hard: of those, the ones that no
     incorrect response focuses on. all: the frames that any response focuses on. A response is
     correct if its accuracy is at least the threshold; without one, soft and hard find no frame.
-    With G = 8 and K2 = 3, soft is at most 24 frames: on short videos it can be most of them.
+    With G = 8 and K2 = 3, soft may select up to 24 frames, so on a short video all of them.
 
     frame_attention (G, R, F), response_mask bool (G, R), accuracy (G,) -> bool (F,)
     """
@@ -130,26 +124,32 @@ def perception_token_weights(frame_attention: Tensor, logits: Tensor, response_m
     j-th picks of the G responses, in reading order, are compared: D_j says how much the
     distributions they were sampled from differ, scaled to 0..1 over j. A token that several frames
     picked gets the average. The idea: where responses look at the same frame and yet predict
-    differently, they perceive it differently, and that is what is to be learned. What speaks
-    against it: the j-th picks stand behind different prefixes, so some of D is not perception.
+    differently, they perceive it differently, which is what training should fix. Caveat: the j-th
+    picks follow different prefixes, so part of D is not about perception.
 
     frame_attention (G, R, F), response_mask bool (G, R), crucial bool (F,),
-    logits (G, R, V) of the distributions the tokens were sampled from, -inf for excluded ids
-    -> float32 (G, R) between 1 and 1 + alpha; 1 in the padding and where no frame picked
+    logits (G, R, V) of the distributions the tokens were sampled from, -inf for tokens that are
+    never sampled (the placeholders of visual tokens)
+    -> float32 (G, R) between 1 and 1 + alpha; 1 in the padding and for tokens no frame picked
 
     Example: one crucial frame and two responses of two tokens, both picked (K3 = 2). The first
     tokens were sampled from equal distributions: D_1 = 0. The second ones were sampled from
     (0.9, 0.1) and (0.1, 0.9): D_2 = 0.736. Scaled: 0 and 1, so W = [1, 2.7] in both responses.
     """
-    attention = frame_attention[:, :, crucial].permute(2, 0, 1)      # (K, G, R), K crucial frames
-    picked = most_attentive_tokens(attention, response_mask, k3)                # bool (K, G, R)
-    divergence = divergence_of_picks(logits, picked)                            # (K, G, R)
+    if not crucial.any():
+        return torch.ones(response_mask.shape, device=response_mask.device)
+    attention = frame_attention[:, :, crucial].permute(2, 0, 1)                 # (C, G, R)
+    picked = most_attentive_tokens(attention, response_mask, k3)                # bool (C, G, R)
+    # Frames that pick the same tokens, as all do in short responses, are compared only once.
+    distinct, index = picked.unique(dim=0, return_inverse=True)
+    divergence = torch.stack([divergence_of_picks(logits, picks) for picks in distinct])
+    divergence = divergence[index]                                              # (C, G, R)
     frames_that_picked = picked.sum(0)                                          # (G, R)
     return 1 + alpha * divergence.sum(0) / frames_that_picked.clamp(min=1)
 
 
 def most_attentive_tokens(attention: Tensor, response_mask: Tensor, k: int) -> Tensor:
-    """The k tokens of each response with the highest attention.  (K, G, R) -> bool (K, G, R)"""
+    """The k tokens of each response with the highest attention.  (C, G, R) -> bool (C, G, R)"""
     attention = attention.masked_fill(~response_mask, -torch.inf)
     highest = attention.topk(min(k, attention.shape[-1]), dim=-1).indices
     picked = torch.zeros_like(attention, dtype=torch.bool).scatter(-1, highest, True)
@@ -157,35 +157,31 @@ def most_attentive_tokens(attention: Tensor, response_mask: Tensor, k: int) -> T
 
 
 def divergence_of_picks(logits: Tensor, picked: Tensor) -> Tensor:
-    """D_j of each picked token, j its number among the picks of its response and frame.
+    """D_j of each token that a frame picked, scaled to 0..1; 0 for the others.
 
-    logits (G, R, V), picked bool (K, G, R) -> (K, G, R) between 0 and 1, 0 where not picked
+    logits (G, R, V), picked bool (G, R) -> (G, R)
     """
-    if not picked.any():
+    tokens = [row.nonzero().flatten() for row in picked]        # of each response, in reading order
+    columns = pad_sequence(tokens, padding_value=-1)            # (J, G): row j has the j-th picks
+    D = group_divergence(logits, columns)                                       # (J,)
+    span = D.max() - D.min()
+    if span < 1e-4:                                             # equal up to rounding
         return torch.zeros(picked.shape, device=picked.device)
-    K, G, _ = picked.shape
-    J = int(picked.sum(-1).max())       # most picks of a response, the same for every frame
-    j = (picked.cumsum(-1) - 1)[picked]                                         # (picks,)
-    frame, response, token = picked.nonzero(as_tuple=True)                      # (picks,) each
-    columns = torch.full((K, J, G), -1, device=picked.device)   # tokens to compare, -1: none
-    columns[frame, j, response] = token
-    # Frames often pick the same tokens, so each distinct column is compared only once.
-    distinct, index = columns.flatten(0, 1).unique(dim=0, return_inverse=True)  # (U, G), (K * J,)
-    D = group_divergence(logits, distinct)[index].view(K, J)
-    low, high = D.amin(1, keepdim=True), D.amax(1, keepdim=True)                # (K, 1)
-    D = ((D - low) / (high - low)).where(high - low >= 1e-4, 0.0)   # less is rounding noise
+    D = (D - D.min()) / span
     result = torch.zeros(picked.shape, device=picked.device)
-    result[picked] = D[frame, j]
+    for i, of_response in enumerate(tokens):
+        result[i, of_response] = D[:len(of_response)]
     return result
 
 
 def group_divergence(logits: Tensor, columns: Tensor) -> Tensor:
     """How much the group disagrees: D = sum_i KL(p_i || mean of all p_i)  (supplement, Eq. 1).
 
-    logits (G, R, V); columns int (U, G), one token per response, -1 if it takes no part
-    -> (U,), each between 0 and G ln G
+    Responses without a j-th pick take no part, so D tends to be smaller where few have one.
+    logits (G, R, V); columns int (J, G), one token per response, -1: none
+    -> (J,), each between 0 and G ln G
     """
-    responses = torch.arange(columns.shape[1], device=columns.device)
+    responses = torch.arange(columns.shape[1], device=columns.device)           # (G,)
     results = []
     for part in columns.split(16):              # bounds the memory: (16, G, V)
         present = (part >= 0)[:, :, None]                                       # (16, G, 1)
@@ -210,12 +206,6 @@ def masked_mean(values: Tensor, response_mask: Tensor, average: str = "tokens") 
     if average == "responses":
         return (values.sum(1) / lengths.clamp(min=1)).mean()
     raise ValueError(f"average {average!r}: choose tokens or responses")
-
-
-def kl_estimate(log_probs: Tensor, other_log_probs: Tensor) -> Tensor:
-    """Schulman's low-variance estimate of KL(pi || other) at each sampled token, "k3" elsewhere."""
-    d = (other_log_probs - log_probs).clamp(-20, 20)
-    return d.exp() - d - 1
 
 
 def clipped_surrogate_loss(
@@ -254,26 +244,9 @@ def clipped_surrogate_loss(
     return loss, metrics
 
 
-def perception_loss(log_probs: Tensor, masked_log_probs: Tensor, response_mask: Tensor, *,
-                    gamma: float, eta: float = 0.0,
-                    average: str = "tokens") -> tuple[Tensor, dict[str, Tensor]]:
-    """PAPO (arXiv 2507.06448): -gamma * KL(pi || pi under a masked video) + eta * entropy.
-
-    masked_log_probs carry no gradient, as in the authors' code. For that reason their second
-    entropy term, on the masked video, changes no parameter and is left out.
-    log_probs, masked_log_probs (G, R), response_mask bool (G, R) -> (scalar, {perception_kl})
-    """
-    log_probs = log_probs.where(response_mask, 0.0)
-    masked_log_probs = masked_log_probs.detach().where(response_mask, 0.0)
-    kl = kl_estimate(log_probs, masked_log_probs).clamp(-10, 10)
-    kl = masked_mean(kl, response_mask, average)
-    entropy = -masked_mean(log_probs, response_mask, average)
-    return -gamma * kl + eta * entropy, {"perception_kl": kl.detach()}
-
-
 # ---------------------------------------------------------------------------------------- settings
 
-# What makes each algorithm. PAPO's values are those of its 3B models.
+# The settings that define each algorithm. PAPO's values are those of its 3B models.
 PRESETS = {
     "appo":   dict(alpha=1.7, clip_high=0.28, average="tokens", kl_coef=0, gamma=0, eta=0),
     "dapo":   dict(alpha=0, clip_high=0.28, average="tokens", kl_coef=0, gamma=0, eta=0),
@@ -295,7 +268,7 @@ def option(default, help: str):
 class Settings:
     """Train Qwen2.5-VL with APPO or a baseline. Without --model and --data: the built-in task.
 
-    Defaults are the paper's values. The settings of PRESETS default to those of the algorithm.
+    Defaults are the paper's values. Settings left at None take the algorithm's value from PRESETS.
     """
     model: Optional[str] = option(None, "model folder or hub name; default: the built-in model")
     data: Optional[str] = option(None, "annotation files a.json,b.jsonl; default: built-in videos")
@@ -306,8 +279,9 @@ class Settings:
                                    "is moved aside")
     algorithm: Literal["appo", "dapo", "grpo", "papo_g", "papo_d"] = option("appo", "see PRESETS")
     # crucial frames and token weights (paper, section 3.2; supplement, A.1 and A.2)
-    strategy: Literal["soft", "hard", "all"] = option("soft", "crucial are the frames that correct "
-        "responses focus on; hard: and incorrect ones do not; all: that any response focuses on")
+    strategy: Literal["soft", "hard", "all"] = option(
+        "soft", "which frames are crucial: those that correct responses focus on; hard: without "
+        "those that incorrect ones focus on; all: those that any response focuses on")
     threshold: float = option(0.5, "tau: a response with at least this accuracy counts as correct")
     k1: int = option(15, "K1: tokens that a response's attention to a frame is averaged over")
     k2: int = option(3, "K2: frames that a response focuses on")
@@ -332,13 +306,13 @@ class Settings:
     updates_per_batch: int = option(1, "optimizer steps on each batch of rollouts")
     dynamic_sampling: bool = option(False, "DAPO: replace groups that are all correct or all "
                                     "incorrect by other prompts")
-    max_resamples: int = option(4, "most further batches that dynamic sampling takes in a step")
+    max_resamples: int = option(4, "most extra batches per step for dynamic sampling")
     overlong_buffer: int = option(0, "L_c: DAPO's penalty on the last L_c tokens before L_max")
     steps: int = option(0, "training steps; 0: as many as --epochs needs")
     epochs: float = option(1.0, "passes over the data (NExT-GQA: 2)")
     learning_rate: float = option(1e-6, "of AdamW, without weight decay")
-    lr_schedule: Literal["constant", "linear"] = option("constant", "linear: down to 0 at the last "
-                                                        "step, as in transformers")
+    lr_schedule: Literal["constant", "linear"] = option("constant", "linear: decays towards 0 as "
+                                                        "transformers\' schedule does")
     warmup_steps: int = option(0, "steps over which the learning rate rises to its value")
     beta2: float = option(0.999, "second beta of AdamW")
     max_grad_norm: float = option(1.0, "gradient clipping")
@@ -356,13 +330,13 @@ class Settings:
     decode_timeout: float = option(60.0, "seconds after which a video counts as unreadable")
     # bookkeeping
     eval_data: Optional[str] = option(None, "held-out annotations, scored before and after")
-    eval_every: int = option(0, "score them every so many steps, too; 0: not")
+    eval_every: int = option(0, "also score them every so many steps; 0: never")
     save_every: int = option(100, "steps between checkpoints to resume from; 0: none")
     keep: int = option(2, "how many of those checkpoints stay")
     resume: bool = option(False, "continue from the newest checkpoint in --output")
     seed: int = option(0, "of the data order, sampling and masks")
     rollout_seed: Optional[int] = option(None, "of sampling only; default --seed. Two runs that "
-                                         "differ only in it show what chance does")
+                                         "differ only in it show the noise between runs")
 
     def __post_init__(self):
         for name, value in PRESETS[self.algorithm].items():
@@ -386,31 +360,32 @@ class Settings:
 
 @dataclass
 class Group:
-    """A prompt, G responses to it, and what the loss needs that no gradient flows through."""
-    position: int                           # in the endless stream of prompts
-    prompt: data.Prompt | None              # not needed any more in steps 5 and 6
+    """A prompt, G responses to it, and the constants of its loss."""
+    position: int                           # of the prompt in the endless stream of prompts
+    prompt: data.Prompt | None              # None only in a dummy, see `update`
     rollout: Rollout                        # response_ids, response_mask, frame_attention, ...
     masked_prompt: EncodedPrompt | None = None      # the prompt with a masked video, for PAPO
-    weight: float = 1.0                     # in the batch's mean; 0: only keeps processes in step
+    loss_scale: float = 1.0                 # 0 in a dummy
     # step 3
     texts: list[str] = field(default_factory=list)
-    reward: Tensor | None = None            # (G,), and so the three below
+    reward: Tensor | None = None            # (G,), as are the next three
     accuracy: Tensor | None = None
     format: Tensor | None = None
     advantages: Tensor | None = None
     # step 4
     crucial: Tensor | None = None           # bool (F,)
     # step 5
-    old_log_probs: Tensor | None = None     # (G, R), and so the three below
-    token_weights: Tensor | None = None     # None: all 1
-    ref_log_probs: Tensor | None = None     # of the frozen start model, with kl_coef
+    token_weights: Tensor | None = None     # (G, R); None: all 1
+    # step 6, fixed before the first update
+    old_log_probs: Tensor | None = None     # (G, R), as are the next two
+    ref_log_probs: Tensor | None = None     # of the reference, with kl_coef
     masked_log_probs: Tensor | None = None  # of the policy under the masked video, for PAPO
-    # step 6
     updates: list[dict[str, float]] = field(default_factory=list)   # metrics of each update
 
 
 def weigh_tokens(group: Group, logits: Tensor | None, s: Settings) -> Tensor | None:
-    """The weights of APPO (G, R), or None without alpha. `train` takes other functions, too."""
+    """Step 5. The weights of APPO (G, R); None without alpha, when no attention is read and no
+    logits (G, R, V) are kept. Pass another function to `train` to replace it."""
     if s.alpha == 0:
         return None
     return perception_token_weights(group.rollout.frame_attention, logits,
@@ -430,7 +405,7 @@ class Run:
     rank: int = 0
     world: int = 1                          # number of processes
     reward: Callable = data.task_reward     # (response, sample) -> (reward, accuracy, format)
-    weigh: Callable = weigh_tokens         # (group, logits, settings) -> (G, R) or None
+    weigh: Callable = weigh_tokens          # (group, logits, settings) -> (G, R) or None
     position: int = 0                       # prompts taken from the stream, over all processes
     seconds: Counter = field(default_factory=Counter)       # of the phases of a step
     last_lap: float = 0.0
@@ -443,20 +418,20 @@ class Run:
         self.seconds[phase] += self.last_lap - before
 
 
-ORDER, ROLLOUT, MASK, HELD_OUT = range(4)       # what random numbers are for
+# A batch as data.read_ahead gives it: for each position in the stream of prompts that is this
+# process's, the sample and its video, which is being decoded.
+Batch = dict[int, tuple[data.Sample, Future]]
 
-
-def random_numbers(seed: int, stream: int, position: int) -> np.random.Generator:
-    """Randomness depends on these three only: any number of processes and a resumed run draw the
-    same, and no random state is saved."""
-    return np.random.default_rng((seed, stream, position))
+ORDER, ROLLOUT, MASK, HELD_OUT = range(4)       # independent streams of random numbers
 
 
 def sample_groups(run: Run, prompts: dict[int, data.Prompt], stream: int = ROLLOUT) -> list[Group]:
     """Step 2. Embed each video once, then sample G responses to each prompt."""
-    s, groups, positions = run.settings, [], list(prompts)
+    s = run.settings
+    groups, positions = [], list(prompts)
     for start in range(0, len(positions), s.rollout_groups):
-        part = {position: prompts[position] for position in positions[start:][:s.rollout_groups]}
+        part = {position: prompts[position]
+                for position in positions[start:start + s.rollout_groups]}
         encoded = model_utils.encode_prompts(run.model, list(part.values()))
         masked = [None] * len(part)
         if s.masked_video:
@@ -465,12 +440,14 @@ def sample_groups(run: Run, prompts: dict[int, data.Prompt], stream: int = ROLLO
                        for position, prompt in part.items()]
             masked = model_utils.encode_prompts(run.model, list(part.values()), patches)
         run.lap("embed")
+        # One number per token to be sampled, so that a token does not depend on the batching.
         uniforms = [random_numbers(s.rollout_seed, stream, position)
                     .random((s.group_size, s.max_new_tokens)) for position in part]
         rollouts = model_utils.rollout(
             run.model, encoded, torch.tensor(np.stack(uniforms)), temperature=s.temperature,
             attention_layers=s.attention_layers if s.alpha else 0, cuda_graph=s.cuda_graph)
-        groups += map(Group, part.keys(), part.values(), rollouts, masked)
+        for position, rollout, masked_prompt in zip(part, rollouts, masked):
+            groups.append(Group(position, part[position], rollout, masked_prompt=masked_prompt))
         run.lap("rollout")
     return groups
 
@@ -482,27 +459,23 @@ def score_group(run: Run, group: Group) -> None:
     group.texts = [run.tokenizer.decode(ids[real], skip_special_tokens=True)
                    for ids, real in zip(rollout.response_ids, mask)]
     scores = [run.reward(text, group.prompt.sample) for text in group.texts]
-    reward, group.accuracy, group.format = torch.tensor(scores, device=mask.device).T
+    scores = torch.tensor(scores, dtype=torch.float32, device=mask.device)      # (G, 3)
+    reward, group.accuracy, group.format = scores.T
     group.reward = reward + overlong_penalty(mask.sum(1), s.max_new_tokens, s.overlong_buffer)
     group.advantages = group_advantages(group.reward)
-    if not rollout.log_probs.isfinite().all():
-        # Tokens sampled from NaN mean nothing. The gradient becomes NaN, and no update is made.
-        group.advantages = torch.full_like(group.advantages, torch.nan)
     group.crucial = torch.zeros(rollout.prompt.num_frames, dtype=torch.bool, device=mask.device)
     if s.alpha:
         group.crucial = crucial_frames(rollout.frame_attention, mask, group.accuracy, k1=s.k1,
                                        k2=s.k2, threshold=s.threshold, strategy=s.strategy)
 
 
-def collect_groups(run: Run, batches: Iterator) -> tuple[list[Group], list[dict]]:
-    """Steps 1 to 4: (this process's groups, a record of each sample that could not be used).
-
-    batches: each {position: (sample, its video to come)}, this process's share of the prompts.
-    """
-    s, groups, skipped = run.settings, [], []
-    for _ in range(1 + s.max_resamples * s.dynamic_sampling):
+def collect_groups(run: Run, batches: Iterator[Batch]) -> tuple[list[Group], list[dict]]:
+    """Steps 1 to 4: (this process's groups, a record of each sample that could not be used)."""
+    s = run.settings
+    groups, skipped = [], []
+    for _ in range(1 + s.max_resamples if s.dynamic_sampling else 1):
         batch = next(batches)
-        wait([visual for _, visual in batch.values()])          # until the videos are decoded
+        wait([visual for _, visual in batch.values()])      # only so that waiting is timed
         run.lap("wait")
         prompts, unusable = data.build_prompts(batch, run.tokenizer, s.max_prompt_tokens)  # step 1
         run.position += s.prompts_per_step
@@ -523,18 +496,8 @@ def collect_groups(run: Run, batches: Iterator) -> tuple[list[Group], list[dict]
     return [g for g in groups if g.position in chosen], skipped
 
 
-@torch.no_grad()
-def compare_policies(run: Run, group: Group) -> None:
-    """Step 5, baselines only. What the KL terms of GRPO and PAPO compare the policy with."""
-    ids, mask = group.rollout.response_ids, group.rollout.response_mask
-    if run.reference is not None:
-        group.ref_log_probs, _ = run.reference(group.rollout.prompt, ids, mask)
-    if run.settings.masked_video:
-        group.masked_log_probs, _ = run.policy(group.masked_prompt, ids, mask)
-
-
-def group_loss(run: Run, group: Group, log_probs: Tensor) -> Tensor:
-    """Step 6. The loss of a group.  log_probs (G, R) of the policy -> scalar"""
+def group_loss(run: Run, group: Group, log_probs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Step 6. (loss of a group, metrics).  log_probs (G, R) of the policy"""
     s, mask = run.settings, group.rollout.response_mask
     loss, metrics = clipped_surrogate_loss(
         log_probs, group.old_log_probs, group.advantages, mask, token_weights=group.token_weights,
@@ -544,45 +507,50 @@ def group_loss(run: Run, group: Group, log_probs: Tensor) -> Tensor:
         perception, perception_metrics = perception_loss(
             log_probs, group.masked_log_probs, mask, gamma=s.gamma, eta=s.eta, average=s.average)
         loss, metrics = loss + perception, metrics | perception_metrics
-    metrics = {"loss": loss.detach()} | metrics
-    group.updates.append({name: value.item() for name, value in metrics.items()})
-    return loss
+    return loss, {"loss": loss.detach()} | metrics
 
 
 def update(run: Run, groups: list[Group]) -> list[float]:
     """Steps 5 and 6. Optimizer steps on the groups of all processes; returns the gradient norms.
 
-    The objective is the mean over the groups of all processes. A group with equal rewards has
-    advantages of 0 and, unless there is a KL or perception term, no gradient: it counts in the mean
-    and is not computed.
+    Every update passes over the whole batch. The first pass also gives the old log-probabilities
+    and the logits for the token weights, which saves a pass of its own. The objective is the mean
+    over the groups of all processes. A group with equal rewards has advantages of 0 and, unless
+    there is a KL or perception term, no gradient: it counts in the mean and is not computed.
     """
-    s, norms = run.settings, []
+    s = run.settings
     active = [g for g in groups if s.kl_coef or s.masked_video or g.advantages.any()]
-    counts = model_utils.gather((len(active), len(groups)))     # of every process
-    most_active = max(count for count, _ in counts)
-    total = sum(count for _, count in counts)
+    finite = all(g.rollout.log_probs.isfinite().all() for g in groups)
+    counts = model_utils.gather((len(active), len(groups), finite))     # of every process
+    total = sum(count for _, count, _ in counts)
     if total == 0:
-        return norms
+        return []
+    if not all(finite for _, _, finite in counts):
+        return [math.nan]       # tokens were sampled from NaN: no update
     # A pass through a sharded model is a collective call, so every process must make the same
-    # number; one with fewer groups adds dummies of weight 0.
-    missing = max(most_active, 1) - len(active)
-    batch = active + [dummy_group(run) for _ in range(missing)]
+    # number; one with fewer groups adds dummies whose loss is multiplied by 0. If no group of any
+    # process is active, dummies give a gradient of 0, and AdamW goes on with its momentum.
+    passes = max(1, *(count for count, _, _ in counts))
+    batch = active + [dummy_group(run) for _ in range(passes - len(active))]
     for group in batch:
         compare_policies(run, group)
+    norms = []
     for number in range(s.updates_per_batch):
         first = number == 0
         for group in batch:
             log_probs, logits = run.policy(
                 group.rollout.prompt, group.rollout.response_ids, group.rollout.response_mask,
                 keep_logits=first and s.alpha > 0)
-            if first:       # the policy is still the one that sampled
+            if first:       # the policy has the weights that sampled, in fp32
                 run.lap("update")
                 group.old_log_probs = log_probs.detach()
                 group.token_weights = run.weigh(group, logits, s)               # step 5
                 run.lap("weights")
             del logits      # large
-            loss = group.weight * group_loss(run, group, log_probs)             # step 6
-            (loss * run.world / total).backward()   # FSDP averages over the processes
+            loss, metrics = group_loss(run, group, log_probs)                   # step 6
+            # FSDP averages over the processes; what we want is the mean over all groups.
+            (loss * group.loss_scale * run.world / total).backward()
+            group.updates.append({name: value.item() for name, value in metrics.items()})
         norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), s.max_grad_norm)
         norms.append(norm.full_tensor().item())
         if math.isfinite(norms[-1]):        # the same on all processes
@@ -593,15 +561,8 @@ def update(run: Run, groups: list[Group]) -> list[float]:
     return norms
 
 
-def dummy_group(run: Run) -> Group:
-    """The smallest group that a policy can take: one prompt token and one response of one token."""
-    rollout = model_utils.dummy_rollout(run.model)
-    zero = torch.zeros(1, device=run.model.device)
-    return Group(-1, None, rollout, masked_prompt=rollout.prompt, weight=0.0, advantages=zero,
-                 crucial=torch.zeros(0, dtype=torch.bool, device=zero.device))
-
-
-def training_step(run: Run, batches: Iterator) -> tuple[dict, list[Group], list[dict]]:
+def training_step(run: Run, batches: Iterator[Batch]
+                  ) -> tuple[dict, list[Group], list[dict]]:
     """One training step: (metrics over all processes, this process's groups, skipped samples)."""
     run.seconds.clear()
     started = run.last_lap = time.perf_counter()
@@ -622,7 +583,11 @@ def train(s: Settings, reward: Callable = data.task_reward,
     reward(response, sample) -> (reward, accuracy, format); weigh: see `weigh_tokens`.
     """
     rank, world, device = model_utils.init_processes()
-    samples, held_out = load_data(s, announce=rank == 0)
+    if rank == 0:
+        prepare_built_in(s)
+    dist.barrier()
+    # The data come before the model, so that mistakes in them show early.
+    samples, held_out = load_samples(s, s.data), load_samples(s, s.eval_data)
     steps = s.steps or math.ceil(s.epochs * len(samples) / s.prompts_per_step)
     folder = model_utils.RunFolder(s.output, asdict(s), may_differ(s))
     stream = prompt_stream(s, samples, folder.position, rank, world)
@@ -630,7 +595,7 @@ def train(s: Settings, reward: Callable = data.task_reward,
         batches = data.read_ahead(reader, stream)       # decoding starts before the model is loaded
         run = set_up(s, *model_utils.load_model(s.model, device), reward, weigh)
         run.position = folder.position
-        folder.open(run.model, run.policy, run.optimizer)
+        folder.start_or_resume(run.model, run.policy, run.optimizer)
         if folder.step == 0:
             folder.log("held_out", *score_held_out(run, held_out, reader, 0))
         bar = tqdm(range(folder.step + 1, steps + 1), s.algorithm, steps, initial=folder.step,
@@ -659,28 +624,83 @@ def train(s: Settings, reward: Callable = data.task_reward,
         print_summary(folder, s)
 
 
+# --------------------------------------------------------------- terms that only the baselines have
+
+def overlong_penalty(lengths: Tensor, max_new_tokens: int, buffer: int) -> Tensor:
+    """DAPO's soft overlong punishment, to be added to the reward.  lengths (G,) -> float (G,)
+
+    0 up to max_new_tokens - buffer tokens, then linearly down to -1 at max_new_tokens.
+    """
+    if buffer == 0:
+        return torch.zeros(lengths.shape, device=lengths.device)
+    return (max_new_tokens - buffer - lengths).clamp(-buffer, 0) / buffer
+
+
+def kl_estimate(log_probs: Tensor, other_log_probs: Tensor) -> Tensor:
+    """Schulman's low-variance estimate of KL(pi || other) at each sampled token, "k3" elsewhere."""
+    d = (other_log_probs - log_probs).clamp(-20, 20)
+    return d.exp() - d - 1
+
+
+def perception_loss(log_probs: Tensor, masked_log_probs: Tensor, response_mask: Tensor, *,
+                    gamma: float, eta: float = 0.0,
+                    average: str = "tokens") -> tuple[Tensor, dict[str, Tensor]]:
+    """PAPO (arXiv 2507.06448): -gamma * KL(pi || pi under a masked video) + eta * entropy.
+
+    masked_log_probs carry no gradient, as in the authors' code. For that reason their second
+    entropy term, on the masked video, changes no parameter and is left out.
+    log_probs, masked_log_probs (G, R), response_mask bool (G, R) -> (scalar, {perception_kl})
+    """
+    log_probs = log_probs.where(response_mask, 0.0)
+    masked_log_probs = masked_log_probs.detach().where(response_mask, 0.0)
+    kl = kl_estimate(log_probs, masked_log_probs).clamp(max=10)     # as in the authors' code
+    kl = masked_mean(kl, response_mask, average)
+    entropy = -masked_mean(log_probs, response_mask, average)
+    return -gamma * kl + eta * entropy, {"perception_kl": kl.detach()}
+
+
+@torch.no_grad()
+def compare_policies(run: Run, group: Group) -> None:
+    """Before step 6, baselines only: what the KL terms of GRPO and PAPO compare the policy with."""
+    ids, mask = group.rollout.response_ids, group.rollout.response_mask
+    if run.reference is not None:
+        group.ref_log_probs, _ = run.reference(group.rollout.prompt, ids, mask)
+    if run.settings.masked_video:
+        group.masked_log_probs, _ = run.policy(group.masked_prompt, ids, mask)
+
+
 # ------------------------------------------------------------------------------------- the plumbing
 
 def set_up(s: Settings, model, tokenizer, reward: Callable = data.task_reward,
            weigh: Callable = weigh_tokens) -> Run:
     """The sharded policy, its optimizer and the reference, beside the model that samples."""
-    rank, world, device = model_utils.init_processes()
     reference = None
     if s.kl_coef:
+        # A policy that is not trained shares the model's weights, so this needs a copy of its own.
         reference = copy.deepcopy(Policy(model, s.temperature, trainable=False))
-    policy = Policy(model, s.temperature)
+    policy = Policy(model, s.temperature)       # an fp32 copy
     if s.gradient_checkpointing:
         model_utils.recompute_activations(policy.language_model)
-    policy = model_utils.shard(policy, device, s.cpu_offload)
+    policy = model_utils.shard(policy, model.device, s.cpu_offload)
     # On a GPU, AdamW that is not fused would copy the second moments at every step.
-    fused = device.type == "cuda" and not s.cpu_offload
+    fused = model.device.type == "cuda" and not s.cpu_offload
     optimizer = torch.optim.AdamW(policy.parameters(), lr=s.learning_rate, betas=(0.9, s.beta2),
                                   weight_decay=0.0, fused=fused)
-    return Run(s, model, tokenizer, policy, reference, optimizer, rank, world, reward, weigh)
+    return Run(s, model, tokenizer, policy, reference, optimizer, rank=dist.get_rank(),
+               world=dist.get_world_size(), reward=reward, weigh=weigh)
+
+
+def dummy_group(run: Run) -> Group:
+    """The smallest group that a policy can take: one prompt token and one response of one token."""
+    rollout = model_utils.dummy_rollout(run.model)
+    zero = torch.zeros(1, device=run.model.device)
+    return Group(position=-1, prompt=None, rollout=rollout, masked_prompt=rollout.prompt,
+                 loss_scale=0.0, advantages=zero, crucial=zero[:0].bool())
 
 
 def set_learning_rate(run: Run, step: int, steps: int) -> float:
-    """The learning rate of a step, counted from 1. A linear schedule is that of transformers."""
+    """The learning rate of a step, counted from 1. The linear one is transformers' schedule, whose
+    first warm-up step has rate 0."""
     s = run.settings
     if s.lr_schedule == "constant":
         factor = min(1.0, step / max(s.warmup_steps, 1))
@@ -693,35 +713,33 @@ def set_learning_rate(run: Run, step: int, steps: int) -> float:
     return s.learning_rate * factor
 
 
-def load_data(s: Settings, announce: bool) -> tuple[list[data.Sample], list[data.Sample]]:
-    """(samples to train on, held-out samples). Mistakes in them show before a model is loaded."""
-    if announce:
-        prepare_built_in(s)
-    dist.barrier()
-    loaded = []
-    for path in (s.data, s.eval_data):
-        samples = []
-        if path:
-            samples = data.load_samples(path, s.video_root)
-            samples = data.with_files(samples, path, s.skip_missing, announce)
-        loaded.append(samples)
-    return loaded[0], loaded[1]
+def load_samples(s: Settings, path: str | None) -> list[data.Sample]:
+    if not path:
+        return []
+    samples = data.load_samples(path, s.video_root)
+    return data.with_files(samples, path, s.skip_missing, announce=dist.get_rank() == 0)
 
 
-def prompt_stream(s: Settings, samples: list[data.Sample], position: int, rank: int,
+def random_numbers(seed: int, stream: int, position: int) -> np.random.Generator:
+    """Randomness depends on these three only: any number of processes and a resumed run draw the
+    same, and no random state is saved."""
+    return np.random.default_rng((seed, stream, position))
+
+
+def prompt_stream(s: Settings, samples: list[data.Sample], start: int, rank: int,
                   world: int) -> Iterator[dict[int, data.Sample]]:
     """Endless batches by position, this process's share of each; a new order every epoch."""
-    current = None
+    order_of = None
     while True:
         batch = {}
-        for place in range(position + rank, position + s.prompts_per_step, world):
-            epoch, index = divmod(place, len(samples))
-            if epoch != current:
+        for position in range(start + rank, start + s.prompts_per_step, world):
+            epoch, index = divmod(position, len(samples))
+            if epoch != order_of:
                 order = random_numbers(s.seed, ORDER, epoch).permutation(len(samples))
-                current = epoch
-            batch[place] = samples[order[index]]
+                order_of = epoch
+            batch[position] = samples[order[index]]
         yield batch
-        position += s.prompts_per_step
+        start += s.prompts_per_step
 
 
 def open_reader(s: Settings) -> data.VideoReader:
@@ -740,7 +758,7 @@ def may_differ(s: Settings) -> tuple[str, ...]:
 
 
 def group_metrics(run: Run, group: Group) -> dict[str, float]:
-    """What metrics.jsonl averages over the groups; less for a group that was not computed."""
+    """For metrics.jsonl. A group that was not computed has a loss of 0 and no other loss metrics."""
     rollout, mask = group.rollout, group.rollout.response_mask
     ended = torch.isin(rollout.response_ids, model_utils.end_token_ids(run.model)) & mask
     metrics = {
@@ -758,8 +776,9 @@ def group_metrics(run: Run, group: Group) -> dict[str, float]:
     weights = torch.ones_like(rollout.log_probs)
     if group.token_weights is not None:
         weights = group.token_weights
-    gap = (group.old_log_probs - rollout.log_probs).abs()   # of sampling and training
-    outside = (gap.exp() > 1.1).float()                     # probability ratio outside 0.9 to 1.1
+    gap = (group.old_log_probs - rollout.log_probs).where(mask, 0.0)    # of training and sampling
+    outside = ((gap.exp() - 1).abs() > 0.1).float()         # ratios outside 0.9 to 1.1
+    gap = gap.abs()
     return metrics | {"token_weight_mean": masked_mean(weights, mask).item(),
                       "token_weight_max": weights.max().item(),
                       "rollout_logprob_gap": gap.max().item(),
@@ -768,7 +787,7 @@ def group_metrics(run: Run, group: Group) -> dict[str, float]:
 
 
 def batch_metrics(run: Run, groups: list[Group], seconds: float) -> dict[str, float]:
-    """Means over the groups of all processes, of two the maximum."""
+    """Means over the groups of all processes that have a metric; maxima of two of them."""
     of_processes = model_utils.gather([(g.position, group_metrics(run, g)) for g in groups])
     # In the order of the stream, so that the sums are the same for any number of processes.
     in_order = sorted(sum(of_processes, []), key=lambda pair: pair[0])
@@ -787,7 +806,7 @@ def batch_metrics(run: Run, groups: list[Group], seconds: float) -> dict[str, fl
 
 
 def describe(groups: list[Group], tokenizer, step: int) -> list[dict]:
-    """For samples.jsonl: a group, one that was computed if there is any, with its token weights."""
+    """For samples.jsonl: one group with its token weights, if possible one that was computed."""
     if not groups:
         return []
     group = max(groups, key=lambda group: len(group.updates))
@@ -835,16 +854,19 @@ def print_summary(folder: model_utils.RunFolder, s: Settings) -> None:
 def score_prompts(run: Run, prompts: dict[int, data.Prompt]) -> list[dict[str, float]]:
     """One sampled response to each prompt: its accuracy, and if the frame that shows the answer is
     known, whether the response attends to it most (top1) or among its K2 frames (topk)."""
+    # alpha above 0 so that the attention is read; gamma and eta 0 so that no video is masked
     s = replace(run.settings, group_size=1, rollout_seed=run.settings.seed, alpha=1.0, gamma=0.0,
-                eta=0.0)    # the attention is read, and no video is masked
-    run, scores = replace(run, settings=s), []
+                eta=0.0)
+    run = replace(run, settings=s)
+    scores = []
     for group in sample_groups(run, prompts, HELD_OUT):
         score_group(run, group)
-        score, true_frame = {"accuracy": group.accuracy.item()}, group.prompt.sample.crucial_frame
-        for name, k2 in (("top1", 1), ("topk", s.k2)):
-            focused = focused_frames(group.rollout.frame_attention, group.rollout.response_mask,
-                                     k1=s.k1, k2=k2)
-            if true_frame is not None:
+        score = {"accuracy": group.accuracy.item()}
+        true_frame = group.prompt.sample.crucial_frame
+        if true_frame is not None:
+            for name, k2 in (("top1", 1), ("topk", s.k2)):
+                focused = focused_frames(group.rollout.frame_attention,
+                                         group.rollout.response_mask, k1=s.k1, k2=k2)
                 score[name] = float(focused[0, true_frame])
         scores.append(score)
     return scores
@@ -873,7 +895,11 @@ def score_held_out(run: Run, samples: list[data.Sample], reader: data.VideoReade
 
 
 def prepare_built_in(s: Settings) -> None:
-    """Make what is missing of the built-in task: videos with annotations, and the tiny model."""
+    """Create the missing parts of the built-in task: videos with annotations, and the tiny model.
+
+    The model learns from lessons by supervision, until it answers half of 128 test prompts and
+    looks at the frames: with random weights every reward would be 0.
+    """
     folder = Path(s.toy_folder)
     if s.data == str(folder / "train.json"):
         data.make_toy_data(folder)
@@ -896,6 +922,7 @@ def prepare_built_in(s: Settings) -> None:
 
     model = model_utils.warm_up(new_model, lessons, measure)
     model_utils.save_checkpoint(folder / "model", model, tokenizer, source=None)
+    # Other tools read the picture settings from this file.
     images = {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": TINY["min_pixels"],
               "max_pixels": TINY["max_pixels"], "patch_size": data.PATCH, "merge_size": data.MERGE,
               "temporal_patch_size": 2, "image_mean": list(data.PIXEL_MEAN),
@@ -920,7 +947,7 @@ def is_tiny(model: str | None, toy_folder: str) -> bool:
 
 
 def parse_settings(arguments: list[str] | None = None, prog: str | None = None) -> Settings:
-    """Settings from the command line. Raises RunError for values that cannot be."""
+    """Settings from the command line. Raises RunError for invalid values."""
     parser = Parser(Settings, prog=prog, description=Settings.__doc__, allow_abbrev=False)
     first = parser.parse_args(arguments)
     if is_tiny(first.model, first.toy_folder):
@@ -950,7 +977,7 @@ def check_settings(s: Settings) -> None:
             raise RunError(f"--{name} {value}: give a number {bound} 0")
     if s.min_pixels > s.max_pixels:
         raise RunError(f"--min_pixels {s.min_pixels} is above --max_pixels {s.max_pixels}: lower "
-                       "it")
+                       "--min_pixels")
     for name in ("clip_low", "beta2"):
         if getattr(s, name) >= 1:
             raise RunError(f"--{name} {getattr(s, name)}: give a number below 1")

@@ -80,8 +80,8 @@ def init_processes() -> tuple[int, int, torch.device]:
         torch.backends.cuda.enable_cudnn_sdp(False)
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if several and Version(torch.__version__) < Version("2.9"):
-        raise RunError(f"torch {torch.__version__} sums the gradients of several processes on a CPU "
-                       "where it should average them; install torch 2.9 or newer")
+        raise RunError(f"torch {torch.__version__} sums the gradients of several processes where "
+                       "it should average them; install torch 2.9 or newer")
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         if "RANK" in os.environ:
@@ -803,7 +803,7 @@ class RunFolder:
         if settings["resume"]:
             self.find_checkpoint(may_differ)
 
-    def open(self, model, policy, optimizer) -> None:
+    def start_or_resume(self, model, policy, optimizer) -> None:
         """Prepare the folder and load the checkpoint, if there is one; the number of processes may
         have changed."""
         dist.barrier()      # all have looked for the checkpoint before the logs change
