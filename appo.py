@@ -10,7 +10,8 @@ Read this file from top to bottom. One training step, numbered as in the README:
   2. sample   G responses to each prompt, and read how much every token attends to every frame
   3. score    the responses: rewards, and advantages relative to the group
   4. frames   find the crucial frames: those that the correct responses attend to most
-  5. weights  for the tokens that attend to crucial frames: 1 + alpha * how much the group disagrees
+  5. weights  for the tokens that attend to crucial frames: 1 + alpha * how much the group's
+              predictions differ there
   6. update   clipped policy gradient, with weight * advantage in place of the advantage
 
 Shapes: G responses to a prompt (a group), R response tokens, F frames, C of them crucial, V entries
@@ -18,16 +19,19 @@ of the vocabulary. Responses are padded to R; response_mask is true on real toke
 included.
 
 A frame is a visual time step: Qwen2.5-VL merges two sampled frames into one, so 16 sampled frames
-make F = 8. frame_attention (G, R, F) says how much a response token attends to a frame: the
-attention weight of the query that generated the token (the token before it), averaged over the
-visual tokens of the frame, over all heads and over the last `attention_layers` layers. Attending
-evenly to 1,000 tokens gives 0.001.
+make F = 8. frame_attention (G, R, F) says how much a response token attends to a frame: how much
+the position that predicts the token (the one before it) attends to the frame's visual tokens, as
+the mean of its softmax weights over these tokens, over all heads and over the last
+`attention_layers` layers. Spread evenly over a context of 1,000 tokens it would be 0.001.
 
 Up to three copies of the language model exist. The *model* samples; it is whole, and in bf16 on a
 GPU. The *policy* is trained; it is fp32, split over the processes, and copied into the model after
 each step. The *reference* is the frozen start model; only a KL term needs it. The vision tower is
 frozen, as in the paper: what is trained is where the language model looks. With several processes
 each one has its share of a batch's prompts, and all of them update the same policy.
+
+The baselines are here, too: GRPO adds a KL term to the reference, and PAPO (arXiv 2507.06448) adds
+to GRPO or DAPO a loss that compares with a masked video, with weights gamma and eta.
 
     torchrun appo.py                                        # the built-in task, minutes on a CPU
     torchrun appo.py --model Qwen/Qwen2.5-VL-3B-Instruct --data train.json --video_root videos
@@ -83,7 +87,7 @@ def focused_frames(frame_attention: Tensor, response_mask: Tensor, *, k1: int = 
     focused = torch.zeros(G, F, dtype=torch.bool, device=frame_attention.device)
     for i in range(G):
         attention = frame_attention[i, response_mask[i]]                        # (tokens, F)
-        if len(attention) > 0:
+        if len(attention) > 0:      # sampled responses always have a token; a caller's may not
             highest = attention.topk(min(k1, len(attention)), dim=0).values     # (K1, F)
             focused[i, highest.mean(0).topk(min(k2, F)).indices] = True
     return focused
@@ -96,7 +100,7 @@ def crucial_frames(frame_attention: Tensor, response_mask: Tensor, accuracy: Ten
 
     soft: the frames that any correct response focuses on. hard: of those, the ones that no
     incorrect response focuses on. all: the frames that any response focuses on. A response is
-    correct if its accuracy is at least the threshold; without one, soft and hard find no frame.
+    correct if its accuracy is at least the threshold; if none is, soft and hard find no frame.
     With G = 8 and K2 = 3, soft may select up to 24 frames, so on a short video all of them.
 
     frame_attention (G, R, F), response_mask bool (G, R), accuracy (G,) -> bool (F,)
@@ -122,14 +126,15 @@ def perception_token_weights(frame_attention: Tensor, logits: Tensor, response_m
 
     For every crucial frame, each response picks its K3 tokens that attend to the frame most. The
     j-th picks of the G responses, in reading order, are compared: D_j says how much the
-    distributions they were sampled from differ, scaled to 0..1 over j. A token that several frames
-    picked gets the average. The idea: where responses look at the same frame and yet predict
-    differently, they perceive it differently, which is what training should fix. Caveat: the j-th
-    picks follow different prefixes, so part of D is not about perception.
+    distributions they were sampled from differ, scaled to 0..1 over j, so that the largest D_j of a
+    frame always gives 1 + alpha. A token that several frames picked gets the average. The idea:
+    where responses look at the same frame and yet predict differently, they perceive it
+    differently, which is what training should fix. Caveat: the j-th picks follow different
+    prefixes, so part of D is not about perception.
 
     frame_attention (G, R, F), response_mask bool (G, R), crucial bool (F,),
-    logits (G, R, V) of the distributions the tokens were sampled from, -inf for tokens that are
-    never sampled (the placeholders of visual tokens)
+    logits (G, R, V) of the distributions the tokens were sampled from: divided by the temperature,
+    -inf for tokens that are never sampled (the placeholders of visual tokens)
     -> float32 (G, R) between 1 and 1 + alpha; 1 in the padding and for tokens no frame picked
 
     Example: one crucial frame and two responses of two tokens, both picked (K3 = 2). The first
@@ -140,7 +145,8 @@ def perception_token_weights(frame_attention: Tensor, logits: Tensor, response_m
         return torch.ones(response_mask.shape, device=response_mask.device)
     attention = frame_attention[:, :, crucial].permute(2, 0, 1)                 # (C, G, R)
     picked = most_attentive_tokens(attention, response_mask, k3)                # bool (C, G, R)
-    # Frames that pick the same tokens, as all do in short responses, are compared only once.
+    # Frames that pick the same tokens, as all do where no response is longer than K3, are compared
+    # only once.
     distinct, index = picked.unique(dim=0, return_inverse=True)
     divergence = torch.stack([divergence_of_picks(logits, picks) for picks in distinct])
     divergence = divergence[index]                                              # (C, G, R)
@@ -216,7 +222,7 @@ def clipped_surrogate_loss(
     """-mean of min(rho W A, clip(rho, 1 - clip_low, 1 + clip_high) W A), plus kl_coef * KL.
 
     rho is the ratio of new to old probability. With one update per batch it is 1 and the clip never
-    acts; only the gradient matters then.
+    acts: the value is that of -W A, and only the gradient is of use.
 
     log_probs, old_log_probs, ref_log_probs, token_weights (G, R); advantages (G,);
     response_mask bool (G, R). Gradient flows through log_probs only.
@@ -246,7 +252,7 @@ def clipped_surrogate_loss(
 
 # ---------------------------------------------------------------------------------------- settings
 
-# The settings that define each algorithm. PAPO's values are those of its 3B models.
+# The settings that define each algorithm. PAPO's gamma and eta are those of its 3B models.
 PRESETS = {
     "appo":   dict(alpha=1.7, clip_high=0.28, average="tokens", kl_coef=0, gamma=0, eta=0),
     "dapo":   dict(alpha=0, clip_high=0.28, average="tokens", kl_coef=0, gamma=0, eta=0),
@@ -254,7 +260,7 @@ PRESETS = {
     "papo_g": dict(alpha=0, clip_high=0.2, average="responses", kl_coef=0.01, gamma=0.02, eta=0),
     "papo_d": dict(alpha=0, clip_high=0.28, average="tokens", kl_coef=0, gamma=0.01, eta=0.03),
 }
-# The built-in model is tiny: its responses have a dozen tokens and its videos 8 frames.
+# Other defaults for the built-in model, which is tiny: its responses have a dozen tokens, F = 8.
 TINY = dict(k1=4, k2=2, k3=6, attention_layers=2, max_new_tokens=18, min_pixels=3136,
             max_pixels=3136, steps=60, updates_per_batch=2, learning_rate=3e-4, warmup_steps=5,
             beta2=0.95, gradient_checkpointing=False)
@@ -299,7 +305,7 @@ class Settings:
     # sampling and update
     group_size: int = option(8, "G: responses per prompt")
     prompts_per_step: int = option(16, "prompts per training step, over all processes")
-    rollout_groups: int = option(16, "groups that decode together on one device")
+    rollout_groups: int = option(16, "groups that are sampled together on one device")
     max_new_tokens: int = option(512, "L_max: longest response")
     max_prompt_tokens: int = option(8192, "longer prompts are dropped and counted, never truncated")
     temperature: float = option(1.0, "of sampling, and of the probabilities in the loss")
@@ -311,15 +317,15 @@ class Settings:
     steps: int = option(0, "training steps; 0: as many as --epochs needs")
     epochs: float = option(1.0, "passes over the data (NExT-GQA: 2)")
     learning_rate: float = option(1e-6, "of AdamW, without weight decay")
-    lr_schedule: Literal["constant", "linear"] = option("constant", "linear: decays towards 0 as "
-                                                        "transformers\' schedule does")
+    lr_schedule: Literal["constant", "linear"] = option("constant", "linear: decays towards 0 like "
+                                                        "transformers' schedule")
     warmup_steps: int = option(0, "steps over which the learning rate rises to its value")
     beta2: float = option(0.999, "second beta of AdamW")
     max_grad_norm: float = option(1.0, "gradient clipping")
     gradient_checkpointing: bool = option(True, "recompute activations in the backward pass, for "
                                           "much less memory")
     cpu_offload: bool = option(False, "keep trained weights, gradients and moments in host memory")
-    cuda_graph: bool = option(False, "record decoding on a GPU as a CUDA graph and replay it")
+    cuda_graph: bool = option(False, "sample tokens by replaying a recorded CUDA graph")
     # video
     fps: float = option(1.0, "sampled frames per second")
     max_frames: int = option(16, "most sampled frames per video (paper: 16 for 7B, 30 for 3B, 100 "
@@ -360,17 +366,18 @@ class Settings:
 
 @dataclass
 class Group:
-    """A prompt, G responses to it, and the constants of its loss."""
-    position: int                           # of the prompt in the endless stream of prompts
+    """A prompt, G responses to it, and what stays fixed during the updates on them."""
+    position: int                           # in the shuffled data, repeated without end
     prompt: data.Prompt | None              # None only in a dummy, see `update`
-    rollout: Rollout                        # response_ids, response_mask, frame_attention, ...
+    rollout: Rollout                        # response_ids, response_mask, log_probs, entropy,
+                                            # frame_attention, and .prompt, the encoded prompt
     masked_prompt: EncodedPrompt | None = None      # the prompt with a masked video, for PAPO
     loss_scale: float = 1.0                 # 0 in a dummy
     # step 3
     texts: list[str] = field(default_factory=list)
     reward: Tensor | None = None            # (G,), as are the next three
-    accuracy: Tensor | None = None
-    format: Tensor | None = None
+    accuracy: Tensor | None = None          # of the answers, 0 to 1
+    format: Tensor | None = None            # 1 where the response has the required form
     advantages: Tensor | None = None
     # step 4
     crucial: Tensor | None = None           # bool (F,)
@@ -384,8 +391,8 @@ class Group:
 
 
 def weigh_tokens(group: Group, logits: Tensor | None, s: Settings) -> Tensor | None:
-    """Step 5. The weights of APPO (G, R); None without alpha, when no attention is read and no
-    logits (G, R, V) are kept. Pass another function to `train` to replace it."""
+    """Step 5. The weights of APPO (G, R), from logits (G, R, V); None if alpha is 0: then neither
+    attention nor logits are kept. Pass another function to `train` to replace it."""
     if s.alpha == 0:
         return None
     return perception_token_weights(group.rollout.frame_attention, logits,
@@ -418,14 +425,15 @@ class Run:
         self.seconds[phase] += self.last_lap - before
 
 
-# A batch as data.read_ahead gives it: for each position in the stream of prompts that is this
-# process's, the sample and its video, which is being decoded.
+# What data.read_ahead yields: position -> (sample, its video, still being decoded), for
+# this process's part of a batch.
 Batch = dict[int, tuple[data.Sample, Future]]
 
-ORDER, ROLLOUT, MASK, HELD_OUT = range(4)       # independent streams of random numbers
+ORDER, ROLLOUT, MASK, HELD_OUT = range(4)       # what random numbers are for
 
 
-def sample_groups(run: Run, prompts: dict[int, data.Prompt], stream: int = ROLLOUT) -> list[Group]:
+def sample_groups(run: Run, prompts: dict[int, data.Prompt],
+                  purpose: int = ROLLOUT) -> list[Group]:
     """Step 2. Embed each video once, then sample G responses to each prompt."""
     s = run.settings
     groups, positions = [], list(prompts)
@@ -441,7 +449,7 @@ def sample_groups(run: Run, prompts: dict[int, data.Prompt], stream: int = ROLLO
             masked = model_utils.encode_prompts(run.model, list(part.values()), patches)
         run.lap("embed")
         # One number per token to be sampled, so that a token does not depend on the batching.
-        uniforms = [random_numbers(s.rollout_seed, stream, position)
+        uniforms = [random_numbers(s.rollout_seed, purpose, position)
                     .random((s.group_size, s.max_new_tokens)) for position in part]
         rollouts = model_utils.rollout(
             run.model, encoded, torch.tensor(np.stack(uniforms)), temperature=s.temperature,
@@ -473,7 +481,8 @@ def collect_groups(run: Run, batches: Iterator[Batch]) -> tuple[list[Group], lis
     """Steps 1 to 4: (this process's groups, a record of each sample that could not be used)."""
     s = run.settings
     groups, skipped = [], []
-    for _ in range(1 + s.max_resamples if s.dynamic_sampling else 1):
+    most_batches = 1 + s.max_resamples if s.dynamic_sampling else 1
+    for _ in range(most_batches):
         batch = next(batches)
         wait([visual for _, visual in batch.values()])      # only so that waiting is timed
         run.lap("wait")
@@ -484,9 +493,10 @@ def collect_groups(run: Run, batches: Iterator[Batch]) -> tuple[list[Group], lis
         for group in sampled:
             score_group(run, group)                                             # steps 3 and 4
         run.lap("score")
-        if s.dynamic_sampling:      # only groups with both correct and incorrect responses
+        if s.dynamic_sampling:      # only groups whose responses differ in accuracy
             sampled = [g for g in sampled if (g.accuracy != g.accuracy[0]).any()]
         groups += sampled
+        # All processes agree on the first prompts_per_step groups in the order of the data.
         everywhere = model_utils.gather(([g.position for g in groups], unusable))
         skipped += [record for _, records in everywhere for record in records]
         positions = sorted(position for of_rank, _ in everywhere for position in of_rank)
@@ -514,9 +524,10 @@ def update(run: Run, groups: list[Group]) -> list[float]:
     """Steps 5 and 6. Optimizer steps on the groups of all processes; returns the gradient norms.
 
     Every update passes over the whole batch. The first pass also gives the old log-probabilities
-    and the logits for the token weights, which saves a pass of its own. The objective is the mean
-    over the groups of all processes. A group with equal rewards has advantages of 0 and, unless
-    there is a KL or perception term, no gradient: it counts in the mean and is not computed.
+    and the logits for the token weights, so step 5 needs no pass of its own and stands inside. The
+    objective is the mean over the groups of all processes. A group with equal rewards has
+    advantages of 0 and, unless there is a KL or perception term, no gradient: it is counted in the
+    mean but not computed.
     """
     s = run.settings
     active = [g for g in groups if s.kl_coef or s.masked_video or g.advantages.any()]
@@ -526,14 +537,14 @@ def update(run: Run, groups: list[Group]) -> list[float]:
     if total == 0:
         return []
     if not all(finite for _, _, finite in counts):
-        return [math.nan]       # tokens were sampled from NaN: no update
+        return [math.nan]       # tokens were sampled from NaN logits: no update
     # A pass through a sharded model is a collective call, so every process must make the same
     # number; one with fewer groups adds dummies whose loss is multiplied by 0. If no group of any
-    # process is active, dummies give a gradient of 0, and AdamW goes on with its momentum.
+    # process is active, AdamW still makes its step, as if those groups had been computed.
     passes = max(1, *(count for count, _, _ in counts))
     batch = active + [dummy_group(run) for _ in range(passes - len(active))]
     for group in batch:
-        compare_policies(run, group)
+        add_reference_log_probs(run, group)     # baselines only
     norms = []
     for number in range(s.updates_per_batch):
         first = number == 0
@@ -541,7 +552,7 @@ def update(run: Run, groups: list[Group]) -> list[float]:
             log_probs, logits = run.policy(
                 group.rollout.prompt, group.rollout.response_ids, group.rollout.response_mask,
                 keep_logits=first and s.alpha > 0)
-            if first:       # the policy has the weights that sampled, in fp32
+            if first:       # the policy that sampled; its own values are more exact than bf16's
                 run.lap("update")
                 group.old_log_probs = log_probs.detach()
                 group.token_weights = run.weigh(group, logits, s)               # step 5
@@ -586,9 +597,10 @@ def train(s: Settings, reward: Callable = data.task_reward,
     if rank == 0:
         prepare_built_in(s)
     dist.barrier()
-    # The data come before the model, so that mistakes in them show early.
+    # The data come before the model, so that errors in them surface early.
     samples, held_out = load_samples(s, s.data), load_samples(s, s.eval_data)
     steps = s.steps or math.ceil(s.epochs * len(samples) / s.prompts_per_step)
+    # With --resume, the folder's step and position are those of its newest checkpoint.
     folder = model_utils.RunFolder(s.output, asdict(s), may_differ(s))
     stream = prompt_stream(s, samples, folder.position, rank, world)
     with open_reader(s) as reader, model_utils.stop_signals() as stop:
@@ -609,7 +621,7 @@ def train(s: Settings, reward: Callable = data.task_reward,
             folder.log("samples", *describe(groups, run.tokenizer, step))
             show_progress(bar, metrics, s)
             sample_ids = [group.prompt.sample.id for group in groups]
-            folder.check(metrics["grad_norm"], sample_ids, skipped)
+            folder.stop_if_failing(metrics["grad_norm"], sample_ids, skipped)
             last = step == steps
             if last or s.eval_every and step % s.eval_every == 0:
                 folder.log("held_out", *score_held_out(run, held_out, reader, step))
@@ -637,7 +649,8 @@ def overlong_penalty(lengths: Tensor, max_new_tokens: int, buffer: int) -> Tenso
 
 
 def kl_estimate(log_probs: Tensor, other_log_probs: Tensor) -> Tensor:
-    """Schulman's low-variance estimate of KL(pi || other) at each sampled token, "k3" elsewhere."""
+    """Schulman's low-variance estimate of KL(pi || other) at each sampled token; known as "k3",
+    which has nothing to do with APPO's K3."""
     d = (other_log_probs - log_probs).clamp(-20, 20)
     return d.exp() - d - 1
 
@@ -648,7 +661,8 @@ def perception_loss(log_probs: Tensor, masked_log_probs: Tensor, response_mask: 
     """PAPO (arXiv 2507.06448): -gamma * KL(pi || pi under a masked video) + eta * entropy.
 
     masked_log_probs carry no gradient, as in the authors' code. For that reason their second
-    entropy term, on the masked video, changes no parameter and is left out.
+    entropy term, on the masked video, changes no parameter and is left out. The entropy, too, is
+    theirs: the mean of -log pi over the sampled tokens.
     log_probs, masked_log_probs (G, R), response_mask bool (G, R) -> (scalar, {perception_kl})
     """
     log_probs = log_probs.where(response_mask, 0.0)
@@ -660,8 +674,8 @@ def perception_loss(log_probs: Tensor, masked_log_probs: Tensor, response_mask: 
 
 
 @torch.no_grad()
-def compare_policies(run: Run, group: Group) -> None:
-    """Before step 6, baselines only: what the KL terms of GRPO and PAPO compare the policy with."""
+def add_reference_log_probs(run: Run, group: Group) -> None:
+    """Before step 6: the log-probabilities that the KL terms of GRPO and PAPO compare with."""
     ids, mask = group.rollout.response_ids, group.rollout.response_mask
     if run.reference is not None:
         group.ref_log_probs, _ = run.reference(group.rollout.prompt, ids, mask)
@@ -720,23 +734,23 @@ def load_samples(s: Settings, path: str | None) -> list[data.Sample]:
     return data.with_files(samples, path, s.skip_missing, announce=dist.get_rank() == 0)
 
 
-def random_numbers(seed: int, stream: int, position: int) -> np.random.Generator:
+def random_numbers(seed: int, purpose: int, position: int) -> np.random.Generator:
     """Randomness depends on these three only: any number of processes and a resumed run draw the
     same, and no random state is saved."""
-    return np.random.default_rng((seed, stream, position))
+    return np.random.default_rng((seed, purpose, position))
 
 
 def prompt_stream(s: Settings, samples: list[data.Sample], start: int, rank: int,
                   world: int) -> Iterator[dict[int, data.Sample]]:
     """Endless batches by position, this process's share of each; a new order every epoch."""
-    order_of = None
+    epoch_of_order = None
     while True:
         batch = {}
         for position in range(start + rank, start + s.prompts_per_step, world):
             epoch, index = divmod(position, len(samples))
-            if epoch != order_of:
+            if epoch != epoch_of_order:
                 order = random_numbers(s.seed, ORDER, epoch).permutation(len(samples))
-                order_of = epoch
+                epoch_of_order = epoch
             batch[position] = samples[order[index]]
         yield batch
         start += s.prompts_per_step
@@ -758,7 +772,7 @@ def may_differ(s: Settings) -> tuple[str, ...]:
 
 
 def group_metrics(run: Run, group: Group) -> dict[str, float]:
-    """For metrics.jsonl. A group that was not computed has a loss of 0 and no other loss metrics."""
+    """For metrics.jsonl. A group that was not computed has loss 0 and no other loss metrics."""
     rollout, mask = group.rollout, group.rollout.response_mask
     ended = torch.isin(rollout.response_ids, model_utils.end_token_ids(run.model)) & mask
     metrics = {
@@ -787,7 +801,7 @@ def group_metrics(run: Run, group: Group) -> dict[str, float]:
 
 
 def batch_metrics(run: Run, groups: list[Group], seconds: float) -> dict[str, float]:
-    """Means over the groups of all processes that have a metric; maxima of two of them."""
+    """The mean of each metric over the groups that have it; of two metrics the maximum."""
     of_processes = model_utils.gather([(g.position, group_metrics(run, g)) for g in groups])
     # In the order of the stream, so that the sums are the same for any number of processes.
     in_order = sorted(sum(of_processes, []), key=lambda pair: pair[0])

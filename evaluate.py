@@ -431,7 +431,7 @@ def focus_difference(focused: Tensor, correct: Tensor, seconds: float) -> tuple[
     A response's focus time is the mean time of its K2 frames. The difference is that between the
     means over the correct and over the incorrect responses; bin "0 s" where psi(S1) = psi(S2).
     focused bool (G, F), correct bool (G,); seconds from a frame to the next.
-    Example: 2 s a frame, correct {0, 1}, incorrect {3, 4}: |1 - 7| = 6 s, bin "6 to 9 s".
+    Example: 2 s per frame, correct {0, 1}, incorrect {3, 4}: |1 - 7| = 6 s, bin "6 to 9 s".
     """
     if torch.equal(focused[correct].any(0), focused[~correct].any(0)):
         return "0 s", 0.0
@@ -738,7 +738,7 @@ def random_model(folder: str | None):
 
 
 def noise_batch(prompts: int, sampled_frames: int) -> dict[int, tuple[data.Sample, Future]]:
-    """A batch as data.read_ahead gives it: questions about noise, 64 visual tokens a frame."""
+    """A batch as data.read_ahead gives it: questions about noise, 64 visual tokens per frame."""
     sample = data.Sample("", "what happens ?", ["one", "two", "three", "four"], "A", "choice")
     F, batch = -(-sampled_frames // 2), {}
     for position in range(prompts):

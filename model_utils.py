@@ -865,7 +865,8 @@ class RunFolder:
             with open(self.path / f"{name}.jsonl", "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(record) + "\n" for record in records)
 
-    def check(self, grad_norm: float, sample_ids: list[str], skipped: list[dict]) -> None:
+    def stop_if_failing(self, grad_norm: float, sample_ids: list[str],
+                        skipped: list[dict]) -> None:
         """Raise RunError if too many samples are unreadable or too many steps were not finite."""
         self.unreadable += sum(record["unreadable"] for record in skipped)
         if self.unreadable > 0.05 * max(100, self.position):
