@@ -192,7 +192,8 @@ def group_divergence(logits: Tensor, columns: Tensor) -> Tensor:
     for part in columns.split(16):              # bounds the memory: (16, G, V)
         present = (part >= 0)[:, :, None]                                       # (16, G, 1)
         log_p = logits[responses, part.clamp(min=0)].float().log_softmax(-1)    # (16, G, V)
-        p = log_p.exp().where(present, 0.0)
+        log_p = log_p.where(present, -torch.inf)
+        p = log_p.exp()
         log_mean = (p.sum(1, keepdim=True) / present.sum(1, keepdim=True)).log()
         # 0 * log 0 counts as 0, so log 0 = -inf is replaced by a finite number.
         log_ratio = log_p.clamp(min=-1e4) - log_mean.clamp(min=-1e4)
@@ -555,7 +556,8 @@ def update(run: Run, groups: list[Group]) -> list[float]:
             if first:       # the policy that sampled; its own values are more exact than bf16's
                 run.lap("update")
                 group.old_log_probs = log_probs.detach()
-                group.token_weights = run.weigh(group, logits, s)               # step 5
+                if group.loss_scale:
+                    group.token_weights = run.weigh(group, logits, s)           # step 5
                 run.lap("weights")
             del logits      # large
             loss, metrics = group_loss(run, group, log_probs)                   # step 6

@@ -103,6 +103,8 @@ def respond(model, tokenizer, prompts: list[data.Prompt], s: appo.Settings) -> l
     uniforms = torch.zeros(len(prompts), 1, s.max_new_tokens, dtype=torch.float64)   # not used
     rollouts = model_utils.rollout(model, encoded, uniforms, attention_layers=0, choose=choose,
                                    cuda_graph=s.cuda_graph)
+    if not all(rollout.log_probs.isfinite().all() for rollout in rollouts):
+        raise RunError(f"{s.model}: its logits are not finite; its weights are damaged")
     responses = [rollout.response_ids[rollout.response_mask] for rollout in rollouts]
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
 

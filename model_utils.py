@@ -33,17 +33,14 @@ from typing import Callable, Iterator
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as checkpoints
 import torch.nn.functional as F
 import transformers
 from packaging.version import Version
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.utils import cached_file
@@ -326,6 +323,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
 
     Fused kernels, whose memory does not grow with Q * K; on a GPU flash attention.
     """
+    from torch.nn.attention.bias import causal_lower_right      # slow to import
     mask = causal_lower_right(query.shape[2], key.shape[2])
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling,
                                           enable_gqa=True)
@@ -628,7 +626,7 @@ class Decoder:
 class Policy(nn.Module):
     """The language model as a policy: log-probabilities of a group's responses.
 
-    trainable: an fp32 copy of the model's weights; otherwise the model's own weights, frozen.
+    trainable: an fp32 copy of the model's weights; otherwise the model's own weights, as they are.
     """
 
     def __init__(self, model, temperature: float = 1.0, trainable: bool = True):
@@ -813,10 +811,7 @@ class RunFolder:
             self.start()
         dist.barrier()
         if self.checkpoint is not None:
-            loaded = training_state(policy, optimizer)
-            checkpoints.load(loaded, checkpoint_id=self.checkpoint / "training")
-            set_state_dict(policy, optimizer, model_state_dict=loaded["policy"],
-                           optim_state_dict=loaded["optimizer"])
+            load_training_state(self.checkpoint / "training", policy, optimizer)
             refresh(model, policy)
 
     def start(self) -> None:
@@ -895,9 +890,23 @@ class RunFolder:
         dist.barrier()
 
 
-def training_state(policy, optimizer) -> dict:
+def save_training_state(folder: Path, policy, optimizer) -> None:
+    """The policy's weights and the optimizer's moments, by all processes together."""
+    import torch.distributed.checkpoint as checkpoints                      # slow to import
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+    try:
+        weights, moments = get_state_dict(policy, optimizer)
+        checkpoints.save({"policy": weights, "optimizer": moments}, checkpoint_id=folder)
+    except checkpoints.CheckpointException as error:
+        raise OSError(str(error)) from error
+
+
+def load_training_state(folder: Path, policy, optimizer) -> None:
+    import torch.distributed.checkpoint as checkpoints
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
     weights, moments = get_state_dict(policy, optimizer)
-    return {"policy": weights, "optimizer": moments}
+    checkpoints.load({"policy": weights, "optimizer": moments}, checkpoint_id=folder)
+    set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments)
 
 
 # All that a Hugging Face folder of Qwen2.5-VL may hold beside the weights.
@@ -916,7 +925,8 @@ def save_checkpoint(folder: Path, model, tokenizer, source: str | None, policy=N
     source loads the checkpoint. All is written to a folder beside, which is renamed when complete.
     """
     folder = Path(folder)
-    partial_folder, writes = Path(f"{folder}.partial"), dist.get_rank() == 0
+    partial_folder = Path(f"{folder}.partial")
+    writes = not dist.is_initialized() or dist.get_rank() == 0
     try:
         if writes:
             shutil.rmtree(partial_folder, ignore_errors=True)
@@ -926,15 +936,14 @@ def save_checkpoint(folder: Path, model, tokenizer, source: str | None, policy=N
             else:
                 copy_source_files(source, partial_folder)
         if policy is not None:
-            checkpoints.save(training_state(policy, optimizer),
-                             checkpoint_id=partial_folder / "training")
+            save_training_state(partial_folder / "training", policy, optimizer)
         if writes:
             if state is not None:
                 (partial_folder / "state.json").write_text(json.dumps(state))
             if folder.exists():
                 shutil.rmtree(folder)
             partial_folder.rename(folder)
-    except (OSError, SafetensorError, checkpoints.CheckpointException) as error:
+    except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise RunError(f"{folder}: cannot be written ({reason}); make room on the disk. The last "
                        "complete checkpoint is intact, continue with --resume") from error

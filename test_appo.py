@@ -8,6 +8,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""    # no test touches a GPU; torch reads 
 import copy
 import dataclasses
 import inspect
+import itertools
 import json
 import math
 import multiprocessing
@@ -21,9 +22,11 @@ import statistics
 import subprocess
 import sys
 import time
+import zlib
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import asdict, replace
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,8 +35,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
-from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.nn.attention.bias import CausalBias
+from torch.overrides import TorchFunctionMode
+from transformers import (
+    AutoConfig, Qwen2_5_VLForConditionalGeneration, get_linear_schedule_with_warmup)
 
 import appo
 import data
@@ -742,12 +750,14 @@ def test_the_constants_of_a_group(toy, videos):
             frames = model_utils.frame_attention(policy, *responses, layers=2)
             assert_close(rollout.frame_attention, frames, atol=1e-6)
             assert_close(group.token_weights, weights, atol=1e-3)
+    groups[0].rollout.log_probs[0, 0] = NAN     # responses sampled from NaN make no update
+    assert not math.isfinite(appo.update(run, groups)[0])
 
 
 @pytest.mark.parametrize("algorithm", list(appo.PRESETS))
 def test_every_algorithm_learns(toy, videos, algorithm):
     """On the same eight questions at every step."""
-    _, metrics, _ = learn(toy, videos[:8], algorithm, steps=5, prompts_per_step=8, group_size=8,
+    _, metrics, _ = learn(toy, videos[:8], algorithm, steps=6, prompts_per_step=8, group_size=8,
                           learning_rate=5e-4)
     accuracy = [record["accuracy"] for record in metrics]
     assert accuracy[-1] > accuracy[0] + 0.1
@@ -770,22 +780,21 @@ def test_groups_without_a_gradient_are_not_computed(toy, videos):
     dict(reward=lambda text, sample: (NAN, 1.0, 1.0)),
     dict(weigh=lambda group, logits, s: torch.full_like(group.rollout.log_probs, INF))])
 def test_gradients_that_are_not_finite_are_not_applied(toy, videos, changes):
-    run, metrics, groups = learn(toy, videos, steps=1, **changes)
+    run, metrics, _ = learn(toy, videos, steps=1, **changes)
     before, _, _ = learn(toy, videos, steps=0)
     assert not math.isfinite(metrics[0]["grad_norm"])
     assert torch.equal(weights_of(run), weights_of(before))
-    run.reward = data.task_reward       # nor are those of responses sampled from NaN
-    groups[0].rollout.log_probs[0, 0] = NAN
-    appo.score_group(run, groups[0])
-    assert not math.isfinite(appo.update(run, groups[:1])[0])
 
 
 def test_dynamic_sampling_and_long_prompts(toy, videos):
-    run, metrics, groups = learn(toy, videos, "dapo", dynamic_sampling=True, max_resamples=9)
-    assert all(0 < group.accuracy.mean() < 1 for group in groups)
-    assert [record["groups"] for record in metrics] == [4, 4] and run.position > 8
-    _, metrics, _ = learn(toy, videos, "dapo", dynamic_sampling=True, group_size=2, max_resamples=0)
-    assert min(record["groups"] for record in metrics) < 4
+    scores = itertools.cycle([1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 1.0])     # 3 of 4 groups differ
+    options = dict(algorithm="dapo", group_size=2, dynamic_sampling=True,
+                   reward=lambda text, sample: (1.0, next(scores), 1.0))
+    run, _, groups = learn(toy, videos, **options)
+    assert [group.position for group in groups] == [0, 1, 2, 4, 8, 9, 10, 12]
+    assert run.position == 16
+    _, metrics, _ = learn(toy, videos, max_resamples=0, **options)
+    assert [record["groups"] for record in metrics] == [3, 3]
     _, metrics, _ = learn(toy, videos, max_prompt_tokens=20)
     assert [record["skipped"] for record in metrics] == [4, 4]
     assert metrics[1]["groups"] == metrics[1]["grad_norm"] == 0
@@ -964,9 +973,9 @@ def test_a_run_stops_if_the_gradient_is_never_finite(toy, tmp_path):
                    reward=lambda text, sample: (NAN, 1.0, 1.0))
     folder = model_utils.RunFolder(str(tmp_path), {"resume": False}, ())
     for grad_norm in NAN, INF, 1.0, NAN, NAN:       # never three in a row
-        folder.check(grad_norm, ["a"], [{"unreadable": True}])
+        folder.stop_if_failing(grad_norm, ["a"], [{"unreadable": True}])
     with pytest.raises(model_utils.RunError, match="over 5%"):
-        folder.check(1.0, ["a"], [{"unreadable": True}])        # 6 of at least 100
+        folder.stop_if_failing(1.0, ["a"], [{"unreadable": True}])        # 6 of at least 100
 
 
 @pytest.mark.parametrize("arguments", [
@@ -1434,8 +1443,11 @@ def test_masked_patches():
 # ---- the reader, with real processes
 
 def children(process):
+    """The decoding processes of a process."""
     lists = [path.read_text() for path in Path(f"/proc/{process}/task").glob("*/children")]
-    return [int(child) for child in " ".join(lists).split()]
+    numbers = [int(child) for child in " ".join(lists).split()]
+    return [number for number in numbers
+            if data.__file__.encode() in Path(f"/proc/{number}/cmdline").read_bytes()]
 
 
 def is_running(process):
@@ -2184,7 +2196,7 @@ def test_decouple_command(toy, tmp_path, capsys):
     # the questions about a video differ, its description does not
     assert records[0]["path"] == records[1]["path"] and records[0] != records[1]
     assert lines[0]["description"] == lines[1]["description"]
-    assert lines[0]["response"] != lines[1]["response"]
+    assert len({line["response"] for line in lines}) > 1
 
 
 # ---- the plain way
@@ -2241,3 +2253,394 @@ def test_throughput_command(toy, tmp_path, capsys):
         assert f"{2 / median:.3f}" in text
     speeds = np.divide(figures["seconds"]["appo"]["step"], figures["seconds"]["plain way"]["step"])
     assert f"{np.median(speeds):.3f} ({min(speeds):.3f} to {max(speeds):.3f})" in text
+
+
+DECORD2 = os.environ.get("APPO_DECORD2")
+
+
+# ------------------------------------------------------------------------------------ checkpoints
+
+def shrunk_model(folder, name, language_prefix, vision_prefix):
+    """A released model's files with fewer and smaller layers, and random weights of the names that
+    the prefixes give -> the weights."""
+    shutil.copytree(SHARED / "models" / name, folder)
+    config = json.loads((folder / "config.json").read_text())
+    small = dict(hidden_size=64, intermediate_size=96)
+    config["vision_config"] |= small | dict(depth=2, num_heads=2, out_hidden_size=64,
+                                            fullatt_block_indexes=[1])
+    # Newer configurations repeat the language model's settings in a part for it.
+    for part in config, config.get("text_config", {}):
+        part |= small | dict(num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+                             layer_types=["full_attention"] * 4)
+        part.setdefault("rope_scaling", {})["mrope_section"] = [2, 3, 3]
+    (folder / "config.json").unlink()   # the copy may be read-only
+    (folder / "config.json").write_text(json.dumps(config))
+    model = Qwen2_5_VLForConditionalGeneration(AutoConfig.from_pretrained(folder)).float()
+    weights = model.state_dict()
+    if config["tie_word_embeddings"]:
+        del weights["lm_head.weight"]
+    named = {}
+    for weight_name, weight in weights.items():
+        weight_name = weight_name.replace("model.language_model.", language_prefix)
+        named[weight_name.replace("model.visual.", vision_prefix)] = weight
+    save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
+    return named
+
+
+@needs_shared
+@pytest.mark.parametrize("name, language_prefix, vision_prefix", [
+    ("qwen2.5-vl-3b", "model.", "visual."),                                 # as it was released
+    ("qwen2.5-vl-7b", "model.language_model.", "model.visual.")])
+def test_a_checkpoint_has_the_files_and_names_of_its_source(tmp_path, name, language_prefix,
+                                                            vision_prefix):
+    source, checkpoint = tmp_path / "source", tmp_path / "checkpoint"
+    weights = shrunk_model(source, name, language_prefix, vision_prefix)
+    model_utils.init_processes()
+    model, tokenizer = model_utils.load_model(str(source), torch.device("cpu"))
+    model.model.language_model.norm.weight += 1     # a weight that was trained
+    weights[f"{language_prefix}norm.weight"] += 1
+    model_utils.save_checkpoint(checkpoint, model, tokenizer, str(source))
+    files = sorted(path.name for path in source.iterdir())
+    assert files == sorted(path.name for path in checkpoint.iterdir()) and len(files) == 9
+    files.remove("model.safetensors")
+    for file in files:
+        assert (checkpoint / file).read_bytes() == (source / file).read_bytes()
+    torch.testing.assert_close(load_file(checkpoint / "model.safetensors"), weights, rtol=0, atol=0)
+
+
+# -------------------------------------------------------------------------- as transformers has it
+
+@pytest.mark.parametrize("warmup_steps", [0, 1, 3, 7, 9])
+def test_linear_learning_rate_is_that_of_transformers(warmup_steps):
+    s = appo.Settings(learning_rate=3e-4, lr_schedule="linear", warmup_steps=warmup_steps)
+    ours, theirs = [torch.optim.SGD([torch.zeros(1)], s.learning_rate) for _ in range(2)]
+    run = appo.Run(s, None, None, optimizer=ours)
+    schedule = get_linear_schedule_with_warmup(theirs, warmup_steps, 7)
+    for step in range(1, 8):
+        rate = appo.set_learning_rate(run, step, 7)
+        assert rate == ours.param_groups[0]["lr"] == theirs.param_groups[0]["lr"]
+        theirs.step()
+        schedule.step()
+
+
+def test_left_padding_is_masked_as_in_transformers():
+    """Prepared for group attention, the model still hides the padding of a batch."""
+    model, _ = model_utils.tiny_model([f"w{number}" for number in range(72)], seed=1)
+    twin = plain_twin(model, "sdpa")
+    ids = torch.randint(8, 80, (3, 11), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(11) >= torch.tensor([0, 4, 9])[:, None]     # (3, 11)
+    with torch.no_grad():
+        ours = model(input_ids=ids, attention_mask=mask.long()).logits
+        theirs = twin(input_ids=ids, attention_mask=mask.long()).logits
+        unpadded = twin(input_ids=ids[1:2, 4:]).logits
+    assert torch.equal(ours[mask], theirs[mask])
+    torch.testing.assert_close(ours[1:2, 4:], unpadded, rtol=0, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------- other machines
+
+def test_weights_in_host_memory_change_nothing(whole, tmp_path):
+    """After the checkpoint of step 2, step 3 has them in host memory and step 4 has not."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole.output, folder)
+    shutil.rmtree(folder / "step-000004")
+    s = replace(whole, output=str(folder), resume=True)
+    with pytest.raises(model_utils.RunError, match="after step 3"):
+        appo.train(replace(s, cpu_offload=True), reward=stop_signal)
+    assert len(log_of(s)) == 3
+    appo.train(s)
+    assert log_of(s) == log_of(whole)       # the loss and the norm of the gradient, too
+    torch.testing.assert_close(checkpoint_of(s), checkpoint_of(whole), rtol=0, atol=0)
+
+
+READ_CLIPS = """
+import sys, decord, torch, data
+frames = [data.sample_frames(path, 1, 8)[0] for path in sys.argv[2:]]
+torch.save({"module": decord.__file__, "frames": frames}, sys.argv[1])
+"""
+
+
+@needs_shared
+@pytest.mark.skipif(not DECORD2, reason="set APPO_DECORD2 to a folder that was made by "
+                                        "pip install --no-deps --target FOLDER decord2")
+def test_decord2_reads_the_same_frames(tmp_path):
+    """In a process of its own: both are called decord."""
+    names = ["frog.webm", "mma_demo.mp4", "mma_test.avi", "nasa.mp4", "pancake_h264.mkv"]
+    clips = [str(SHARED / "videos" / name) for name in names]
+    path = os.pathsep.join([DECORD2, str(Path(data.__file__).parent)])
+    subprocess.run([sys.executable, "-c", READ_CLIPS, tmp_path / "clips.pt", *clips], check=True,
+                   env=os.environ | {"PYTHONPATH": path})
+    theirs = torch.load(tmp_path / "clips.pt")
+    assert theirs["module"].startswith(DECORD2)
+    for clip, frames in zip(clips, theirs["frames"], strict=True):
+        assert torch.equal(data.sample_frames(clip, 1, 8)[0], frames)
+
+
+# =============================================================== the path of a GPU, without a GPU
+
+CUDA = torch.device("cuda", 0)
+INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")
+# For these, and to index by a bool tensor, the host waits for a GPU, so a graph cannot hold them.
+WAITS = ("_local_scalar_dense", "equal", "masked_select", "nonzero", "_unique2")
+
+
+class PretendTensor(Tensor):
+    """A tensor that computes on the CPU and says it is on a GPU. Mixed devices raise an error."""
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    device = property(lambda self: CUDA)
+
+    @staticmethod
+    def __new__(cls, content):
+        tensor = Tensor._make_wrapper_subclass(cls, content.shape, content.stride(),
+                                               content.storage_offset(), dtype=content.dtype)
+        tensor.content = content
+        return tensor
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, arguments=(), options=None):
+        name = function.overloadpacket.__name__
+        on_host = any(type(x) is not cls and x.dim() > 0 for x in tensors_of((arguments, options)))
+        indices = tensors_of(arguments[1]) if name in INDEXING else []
+        may_mix = name == "copy_" or indices and type(arguments[0]) is cls
+        if on_host and not may_mix:
+            raise RuntimeError(f"{name}: all tensors must be on the same device")
+        if on_host or name in WAITS or any(x.dtype == torch.bool for x in indices):
+            PretendGraph.refuse(name)
+        arguments, options = map_tensors(lambda x: getattr(x, "content", x),
+                                         (arguments, options or {}))
+        if function is torch.ops.aten.bmm.dtype:
+            function = bmm_in_fp32
+        outputs = PretendGraph.run(partial(function, *arguments, **options))
+        return map_tensors(cls, outputs)
+
+    def full_tensor(self):
+        return self         # as if it was sharded
+
+    def __repr__(self):
+        return repr(self.content)
+
+
+def bmm_in_fp32(a, b, out_dtype):
+    """A product that is not rounded to bf16; a CPU has no kernel for it."""
+    assert a.dtype == b.dtype == torch.bfloat16 and out_dtype == torch.float32
+    return torch.bmm(a.float(), b.float())
+
+
+def map_tensors(function, tree):
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(map_tensors(function, branch) for branch in tree)
+    if isinstance(tree, dict):
+        return {name: map_tensors(function, branch) for name, branch in tree.items()}
+    return function(tree) if isinstance(tree, Tensor) else tree
+
+
+def tensors_of(tree) -> list[Tensor]:
+    tensors = []
+    map_tensors(tensors.append, tree)
+    return tensors
+
+
+class PretendGraph:
+    """A CUDA graph: it replays the recorded operations at their addresses.
+
+    Recording computes nothing on a GPU, so all that was written meanwhile is written back.
+    """
+    recording = None
+    recorded = 0
+
+    def __init__(self):
+        self.calls, self.before = [], {}
+
+    @classmethod
+    def refuse(cls, name):
+        if cls.recording is not None:
+            raise RuntimeError(f"{name}: not permitted while a graph is recorded")
+
+    @classmethod
+    def run(cls, call):
+        if cls.recording is None:
+            return call()
+        before = cls.recording.before
+        for storage in [x.untyped_storage() for x in tensors_of((call.args, call.keywords))]:
+            if storage.data_ptr() not in before:
+                before[storage.data_ptr()] = storage, storage.clone()
+        outputs = call()
+        cls.recording.calls.append((call, tensors_of(outputs)))
+        return outputs
+
+    @contextmanager
+    def record(self, capture_error_mode):
+        PretendGraph.recording = self
+        PretendGraph.recorded += 1
+        try:
+            yield
+        finally:
+            PretendGraph.recording = None
+        for storage, before in self.before.values():
+            storage.copy_(before)
+
+    def replay(self):
+        for call, outputs in self.calls:
+            for output, result in zip(outputs, tensors_of(call())):
+                if output.data_ptr() != result.data_ptr():
+                    output.copy_(result)
+
+
+class PretendGPU(TorchFunctionMode):
+    """Makes tensors on the device that is requested."""
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        options = options or {}
+        if function is Tensor.to:
+            device, dtype, *_ = torch._C._nn._parse_to(*arguments[1:], **options)
+            moved = move(arguments[0], device)
+            return moved if dtype is None else moved.to(dtype)
+        if function in (Tensor.cpu, Tensor.tolist):
+            return function(move(arguments[0], torch.device("cpu")))
+        on_gpu = options.get("device") == CUDA
+        if on_gpu:
+            options = options | {"device": "cpu"}
+            if function in (torch.tensor, torch.as_tensor):
+                PretendGraph.refuse("a constant of the host")
+        result = function(*arguments, **options)
+        # Some functions of torch look at the true device of their arguments.
+        if type(result) is Tensor and PretendTensor in map(type, tensors_of(arguments)):
+            on_gpu = True
+        return move(result, CUDA, new=True) if on_gpu else result
+
+
+def move(x, device, new=False):
+    """x on another device; new: it was made there, which a graph may record."""
+    if device in (None, x.device):
+        return x
+    if not new:
+        PretendGraph.refuse("a move to another device")
+    return PretendTensor(x.detach()) if device == CUDA else x.content.detach().clone()
+
+
+def to_bf16(module, *_):
+    """Mixed precision as a GPU has it: bf16 weights, fp32 buffers."""
+    for weight in module.parameters():
+        torch.utils.swap_tensors(weight, torch.nn.Parameter(weight.detach().bfloat16()))
+    return module
+
+
+@pytest.fixture()
+def gpu(monkeypatch):
+    """(the tiny model in bf16 on the pretended GPU, its tokenizer)"""
+    model_utils.init_processes()
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", PretendGraph)
+    monkeypatch.setattr(torch.cuda, "graph", PretendGraph.record)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    # The mode is off while torch makes the mask of causal_lower_right.
+    mask_of = CausalBias._materialize
+    monkeypatch.setattr(CausalBias, "_materialize",
+                        lambda bias, device: move(mask_of(bias), device, new=True))
+    monkeypatch.setattr(model_utils, "shard", to_bf16)      # FSDP wants true devices
+    monkeypatch.setattr(model_utils, "BLOCK", 8)
+    monkeypatch.setattr(PretendGraph, "recorded", 0)
+    model, tokenizer = model_utils.tiny_model(data.toy_vocabulary())
+    with PretendGPU():
+        model = to_bf16(model.requires_grad_(False)).to(CUDA)
+        yield model_utils.prepare_model(model), tokenizer
+
+
+def built_in_batch(tokenizer, count):
+    """Samples of the built-in task with their videos, as data.read_ahead gives them."""
+    batch = {}
+    for position in range(count):
+        prompt, *_ = data.toy_prompt(np.random.default_rng(position), tokenizer, position)
+        visual = Future()
+        visual.set_result(data.Visual(prompt.patches, prompt.video_grids, [], [2.0], 16.0, 16))
+        batch[position] = prompt.sample, visual
+    return batch
+
+
+def sampled(model, tokenizer, evaluating=False, cuda_graph=False):
+    """4 responses of up to 18 tokens to each of 3 prompts."""
+    prompts, _ = data.build_prompts(built_in_batch(tokenizer, 3), tokenizer, 1000)
+    encoded = model_utils.encode_prompts(model, list(prompts.values()))
+    choose = None
+    if evaluating:
+        choose = evaluate.evaluation_decoding(encoded, model.config.text_config.vocab_size)
+    uniforms = torch.from_numpy(np.random.default_rng(0).random((3, 4, 18)))
+    return model_utils.rollout(model, encoded, uniforms, attention_layers=2, choose=choose,
+                               cuda_graph=cuda_graph)
+
+
+def either(text, sample):
+    """(reward, accuracy, format) of a response that is correct or not by its check sum."""
+    correct = float(zlib.crc32(text.encode()) % 2)
+    return 0.9 * correct + 0.1, correct, 1.0
+
+
+@pytest.mark.parametrize("evaluating", [False, True])
+def test_a_graph_replays_what_eager_decoding_computes(gpu, evaluating):
+    """Recording finds what a graph cannot hold, replaying what changes its address."""
+    eager = sampled(*gpu, evaluating)
+    replayed = sampled(*gpu, evaluating, cuda_graph=True)
+    assert PretendGraph.recorded == 3       # of blocks of 8, 8 and 2 tokens
+    for expected, rollout in zip(eager, replayed, strict=True):
+        for name in "response_ids", "response_mask", "log_probs", "entropy", "frame_attention":
+            assert torch.equal(getattr(rollout, name), getattr(expected, name)), name
+
+
+def test_attention_of_given_responses_on_a_gpu(gpu):
+    model, tokenizer = gpu
+    policy = model_utils.Policy(model, trainable=False)
+    for rollout in sampled(model, tokenizer):
+        attention = model_utils.frame_attention(policy, rollout.prompt, rollout.response_ids,
+                                                rollout.response_mask, layers=2)
+        difference = (attention - rollout.frame_attention).abs().max()
+        assert attention.device == CUDA and difference < 0.05 * attention.max()
+    dummy = model_utils.dummy_rollout(model)
+    log_probs, _ = policy(dummy.prompt, dummy.response_ids, dummy.response_mask)
+    assert log_probs.isfinite().all()
+
+
+@pytest.mark.parametrize("algorithm", list(appo.PRESETS))
+def test_a_training_step_on_a_gpu(gpu, algorithm):
+    model, tokenizer = gpu
+    options = dict(prompts_per_step=2, group_size=4, max_new_tokens=8, updates_per_batch=1,
+                   learning_rate=1e-3, gradient_checkpointing=True, cuda_graph=True)
+    s = appo.Settings.of(algorithm, **appo.TINY | options)
+    run = appo.set_up(s, model, tokenizer, reward=either)
+    before = model.lm_head.weight.clone()
+    metrics, groups, _ = appo.training_step(run, iter([built_in_batch(tokenizer, 2)]))
+    assert 0 < metrics["grad_norm"] < 100 and metrics["rollout_logprob_gap"] < 0.1
+    assert PretendGraph.recorded > 0
+    assert all(group.rollout.log_probs.device == CUDA for group in groups)
+    assert not torch.equal(model.lm_head.weight, before)
+
+
+def sharded_step():
+    """A training step in each of several processes, with a GPU's precision, optimizer and
+    clipping."""
+    rank, world, _ = model_utils.init_processes()
+    model_utils.MixedPrecisionPolicy = lambda: MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    clip = torch.nn.utils.clip_grad_norm_
+    torch.nn.utils.clip_grad_norm_ = partial(clip, foreach=True)
+    adamw = torch.optim.AdamW
+    torch.optim.AdamW = lambda *weights, **options: adamw(*weights, **options | {"fused": True})
+    model, tokenizer = model_utils.tiny_model(data.toy_vocabulary())
+    options = dict(prompts_per_step=2, group_size=4, max_new_tokens=6)
+    s = appo.Settings.of("appo", **appo.TINY | options)
+    run = appo.set_up(s, model.requires_grad_(False), tokenizer, reward=either)
+    before = model.lm_head.weight.clone()
+    batch = built_in_batch(tokenizer, world)
+    metrics, *_ = appo.training_step(run, iter([{rank: batch[rank]}]))
+    assert 0 < metrics["grad_norm"] < 100 and metrics["rollout_logprob_gap"] < 0.1
+    assert not torch.equal(model.lm_head.weight, before)
+    weights = torch.cat([weight.flatten() for weight in model.parameters()])
+    first, second = model_utils.gather((metrics["grad_norm"], zlib.crc32(weights.numpy())))
+    assert first == second
+
+
+def test_sharding_with_the_precision_of_a_gpu():
+    script = f"import {Path(__file__).stem} as tests; tests.sharded_step()"
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                    "--nproc-per-node=2", "--no-python", sys.executable, "-c", script],
+                   env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, check=True,
+                   timeout=120)
