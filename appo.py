@@ -263,7 +263,7 @@ PRESETS = {
 }
 # Other defaults for the built-in model, which is tiny: its responses have a dozen tokens, F = 8.
 TINY = dict(k1=4, k2=2, k3=6, attention_layers=2, max_new_tokens=18, min_pixels=3136,
-            max_pixels=3136, steps=60, updates_per_batch=2, learning_rate=3e-4, warmup_steps=5,
+            max_pixels=3136, steps=50, updates_per_batch=2, learning_rate=3e-4, warmup_steps=5,
             beta2=0.95, gradient_checkpointing=False)
 
 
@@ -924,7 +924,7 @@ def prepare_built_in(s: Settings) -> None:
     torch.set_num_threads(1)    # as in load_model
     texts = data.toy_vocabulary()
     _, tokenizer = model_utils.tiny_model(texts)
-    lessons = data.toy_lessons(tokenizer, 1024, s.seed)
+    lessons = data.toy_lessons(tokenizer, 512, s.seed)
     test_prompts = {n: data.toy_prompt(random_numbers(s.seed, HELD_OUT, n), tokenizer, n % 8)[0]
                     for n in range(128)}
 

@@ -115,6 +115,7 @@ def load_model(name: str, device: torch.device):
         if config.model_type != "qwen2_5_vl":
             raise OSError(f"it is of type {config.model_type}, and APPO needs Qwen2.5-VL")
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        source_files(name, local_files_only=False)  # a checkpoint copies them
         model, report = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
             name, dtype=compute_type(device), output_loading_info=True)
     except (OSError, ValueError, SafetensorError) as error:
@@ -800,6 +801,9 @@ class RunFolder:
         self.checkpoint: Path | None = None     # to resume from
         if settings["resume"]:
             self.find_checkpoint(may_differ)
+        elif self.path.resolve() in Path(settings.get("model") or "").resolve().parents:
+            raise RunError(f"--output {self.path} holds the model {settings['model']}, and a new "
+                           "run moves it aside; give another --output")
 
     def start_or_resume(self, model, policy, optimizer) -> None:
         """Prepare the folder and load the checkpoint, if there is one; the number of processes may
@@ -949,13 +953,26 @@ def save_checkpoint(folder: Path, model, tokenizer, source: str | None, policy=N
                        "complete checkpoint is intact, continue with --resume") from error
 
 
+def source_files(source: str, local_files_only: bool) -> dict[str, str]:
+    """The path of each file beside the weights; files of the hub are fetched into its cache."""
+    paths = {}
+    for name in SOURCE_FILES:
+        path = cached_file(source, name, local_files_only=local_files_only,
+                           _raise_exceptions_for_missing_entries=False)
+        if path is not None:
+            paths[name] = path
+    return paths
+
+
 def copy_source_files(source: str, folder: Path) -> None:
     for written in [*folder.glob("config.json"), *folder.glob("generation_config.json")]:
         written.unlink()
-    for name in SOURCE_FILES:
-        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-        if found is not None:
-            shutil.copyfile(found, folder / name)
+    files = source_files(source, local_files_only=True)
+    if "config.json" not in files:
+        raise RunError(f"{source}: its files are gone, and a checkpoint copies them; put them back "
+                       "and continue with --resume")
+    for name, path in files.items():
+        shutil.copyfile(path, folder / name)
 
 
 class StopRequest:
@@ -1057,20 +1074,20 @@ def warm_up(new_model: Callable, lessons: list, measure: Callable):
     Raises RunError if no attempt learns it.
     """
     for attempt in range(5):    # some initialisations learn to answer without looking
-        model, batches = new_model(attempt), batches_of(len(lessons))
-        align_vision(model, lessons, batches)
-        if learn_answers(model, lessons, batches, measure):
+        model = new_model(attempt)
+        align_vision(model, lessons)
+        if learn_answers(model, lessons, measure):
             return model
     raise RunError("the built-in model did not learn its task; try another --seed")
 
 
-def batches_of(count: int, size: int = 16) -> Iterator[list[int]]:
+def batches_of(count: int, size: int) -> Iterator[list[int]]:
     generator = torch.Generator().manual_seed(0)
     while True:
         yield torch.randperm(count, generator=generator)[:size].tolist()
 
 
-def align_vision(model, lessons: list, batches: Iterator[list[int]], steps: int = 100) -> None:
+def align_vision(model, lessons: list, steps: int = 60) -> None:
     """Stage 1: the vision tower learns to say what each visual token shows. Without it, nothing is
     learned."""
     embed_tokens = model.model.language_model.embed_tokens
@@ -1078,6 +1095,7 @@ def align_vision(model, lessons: list, batches: Iterator[list[int]], steps: int 
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters, lr=2e-3)
+    batches = batches_of(len(lessons), 16)
     for _ in tqdm(range(steps), desc="warm-up 1 of 2"):
         batch = [lessons[number] for number in next(batches)]
         grids = torch.tensor([grid for lesson in batch for grid in lesson.prompt.video_grids])
@@ -1094,8 +1112,7 @@ def align_vision(model, lessons: list, batches: Iterator[list[int]], steps: int 
     model.requires_grad_(False)
 
 
-def learn_answers(model, lessons: list, batches: Iterator[list[int]], measure: Callable,
-                  max_steps: int = 300) -> bool:
+def learn_answers(model, lessons: list, measure: Callable, max_steps: int = 200) -> bool:
     """Stage 2: the language model learns to answer until it is good enough; False if it fails."""
     encoded = []
     for start in range(0, len(lessons), 64):
@@ -1103,6 +1120,7 @@ def learn_answers(model, lessons: list, batches: Iterator[list[int]], measure: C
     policy = Policy(model)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3, betas=(0.9, 0.98),
                                   weight_decay=0.01)
+    batches = batches_of(len(lessons), 8)
     for step in tqdm(range(1, max_steps + 1), desc="warm-up 2 of 2"):
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, step / 20)
         batch = next(batches)
