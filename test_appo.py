@@ -553,17 +553,17 @@ def test_long_responses_and_their_attention_read_in_one_pass(tiny):
 
 
 def test_attention_of_given_responses_equals_that_of_generate(tiny):
-    """Sampled by transformers, whose positions agree with ours if a video is short and wide."""
     model, twin = tiny
     prompt = make_prompt(6, (2, 8, 8), seconds=0.5)
+    encoded, = model_utils.encode_prompts(model, [prompt])
     output = twin.generate(
         input_ids=prompt.input_ids.expand(3, -1), pixel_values_videos=prompt.patches.repeat(3, 1),
-        mm_token_type_ids=2 * (prompt.input_ids == VIDEO).int().expand(3, -1),
-        video_grid_thw=torch.tensor(prompt.video_grids * 3), second_per_grid_ts=tensor([0.5] * 3),
+        position_ids=encoded.positions[:, None].expand(3, 3, -1),
+        attention_mask=torch.ones(3, len(prompt.input_ids), dtype=torch.long),
+        video_grid_thw=torch.tensor(prompt.video_grids * 3),
         do_sample=True, max_new_tokens=9, output_attentions=True, return_dict_in_generate=True)
     ids = output.sequences[:, len(prompt.input_ids):]
     mask = (ids != 0).cummin(1).values      # 0 is the padding
-    encoded, = model_utils.encode_prompts(model, [prompt])
     for layers in 1, 5:
         frames = model_utils.frame_attention(model_utils.Policy(model), encoded, ids, mask, layers)
         pooled = model_utils.pool_attention(output.attentions, prompt.frame_of_token, layers)
