@@ -10,8 +10,8 @@ Read this file from top to bottom. One training step, numbered as in the README:
   2. sample   G responses to each prompt, and read how much every token attends to every frame
   3. score    the responses: rewards, and advantages relative to the group
   4. frames   find the crucial frames: those that the correct responses attend to most
-  5. weights  for the tokens that attend to crucial frames: 1 + alpha * how much the group's
-              predictions differ there
+  5. weights  1 + alpha * D for the tokens that attend to crucial frames; D is how much the group's
+              predictions differ at those tokens
   6. update   clipped policy gradient, with weight * advantage in place of the advantage
 
 Shapes: G responses to a prompt (a group), R response tokens, F frames, C of them crucial, V entries
@@ -22,16 +22,18 @@ A frame is a visual time step: Qwen2.5-VL merges two sampled frames into one, so
 make F = 8. frame_attention (G, R, F) says how much a response token attends to a frame: how much
 the position that predicts the token (the one before it) attends to the frame's visual tokens, as
 the mean of its softmax weights over these tokens, over all heads and over the last
-`attention_layers` layers. Spread evenly over a context of 1,000 tokens it would be 0.001.
+`attention_layers` layers. Attention sums to 1 over the context: if it were uniform over 1,000
+tokens, every frame would have 0.001.
 
-Up to three copies of the language model exist. The *model* samples; it is whole, and in bf16 on a
-GPU. The *policy* is trained; it is fp32, split over the processes, and copied into the model after
-each step. The *reference* is the frozen start model; only a KL term needs it. The vision tower is
-frozen, as in the paper: what is trained is where the language model looks. With several processes
-each one has its share of a batch's prompts, and all of them update the same policy.
+Up to three copies of the language model exist. The *model* samples; it is not sharded, and in bf16
+on a GPU. The *policy* is trained; it is fp32, split over the processes, and copied into the model
+after each step. The *reference* is the frozen start model; only a KL term needs it. The vision
+tower is frozen, as in the paper. No loss acts on the attention itself: it only decides which
+tokens weigh more. With several processes each one has its share of a batch's prompts, and all of
+them update the same policy.
 
-The baselines are here, too: GRPO adds a KL term to the reference, and PAPO (arXiv 2507.06448) adds
-to GRPO or DAPO a loss that compares with a masked video, with weights gamma and eta.
+The baselines are here, too. GRPO adds beta * KL(policy || reference). PAPO (arXiv 2507.06448) adds
+-gamma * KL(policy || policy given a masked video) + eta * entropy to GRPO or DAPO.
 
     torchrun appo.py                                        # the built-in task, minutes on a CPU
     torchrun appo.py --model Qwen/Qwen2.5-VL-3B-Instruct --data train.json --video_root videos
@@ -87,7 +89,7 @@ def focused_frames(frame_attention: Tensor, response_mask: Tensor, *, k1: int = 
     focused = torch.zeros(G, F, dtype=torch.bool, device=frame_attention.device)
     for i in range(G):
         attention = frame_attention[i, response_mask[i]]                        # (tokens, F)
-        if len(attention) > 0:      # sampled responses always have a token; a caller's may not
+        if len(attention) > 0:      # sampled responses have a token; other callers' may not
             highest = attention.topk(min(k1, len(attention)), dim=0).values     # (K1, F)
             focused[i, highest.mean(0).topk(min(k2, F)).indices] = True
     return focused
@@ -101,7 +103,7 @@ def crucial_frames(frame_attention: Tensor, response_mask: Tensor, accuracy: Ten
     soft: the frames that any correct response focuses on. hard: of those, the ones that no
     incorrect response focuses on. all: the frames that any response focuses on. A response is
     correct if its accuracy is at least the threshold; if none is, soft and hard find no frame.
-    With G = 8 and K2 = 3, soft may select up to 24 frames, so on a short video all of them.
+    With G = 8 and K2 = 3, soft may select up to 24 frames; with the default F <= 8, all of them.
 
     frame_attention (G, R, F), response_mask bool (G, R), accuracy (G,) -> bool (F,)
     """
@@ -124,13 +126,13 @@ def perception_token_weights(frame_attention: Tensor, logits: Tensor, response_m
                              crucial: Tensor, *, k3: int = 64, alpha: float = 1.7) -> Tensor:
     """W = 1 + alpha * D, the weight of each response token (supplement, A.2 and Eq. 1).
 
-    For every crucial frame, each response picks its K3 tokens that attend to the frame most. The
-    j-th picks of the G responses, in reading order, are compared: D_j says how much the
-    distributions they were sampled from differ, scaled to 0..1 over j, so that the largest D_j of a
-    frame always gives 1 + alpha. A token that several frames picked gets the average. The idea:
-    where responses look at the same frame and yet predict differently, they perceive it
-    differently, which is what training should fix. Caveat: the j-th picks follow different
-    prefixes, so part of D is not about perception.
+    For every crucial frame, each response picks its K3 tokens that attend to the frame most. Each
+    response's picks are put in reading order, and the j-th picks of the G responses are compared:
+    D_j says how much the distributions they were sampled from differ. Per frame, D is scaled over
+    j: the smallest becomes 0 and the largest 1; all become 0 if they are equal. The D of a token
+    is the mean over the frames that picked it. The idea: where responses look at the same frame
+    and yet predict differently, they perceive it differently, which is what training should fix.
+    Caveat: the j-th picks follow different prefixes, so part of D is not about perception.
 
     frame_attention (G, R, F), response_mask bool (G, R), crucial bool (F,),
     logits (G, R, V) of the distributions the tokens were sampled from: divided by the temperature,
@@ -223,7 +225,7 @@ def clipped_surrogate_loss(
     """-mean of min(rho W A, clip(rho, 1 - clip_low, 1 + clip_high) W A), plus kl_coef * KL.
 
     rho is the ratio of new to old probability. With one update per batch it is 1 and the clip never
-    acts: the value is that of -W A, and only the gradient is of use.
+    acts: the loss then equals the mean of -W A, and only its gradient matters.
 
     log_probs, old_log_probs, ref_log_probs, token_weights (G, R); advantages (G,);
     response_mask bool (G, R). Gradient flows through log_probs only.
@@ -299,7 +301,7 @@ class Settings:
     clip_low: float = option(0.2, "epsilon_low")
     clip_high: Optional[float] = option(None, "epsilon_high: DAPO's clip-higher")
     average: Optional[Literal["tokens", "responses"]] = option(
-        None, "mean over the group's tokens, or over its responses of their means")
+        None, "mean over the group's tokens, or over responses of each response's token mean")
     kl_coef: Optional[float] = option(None, "beta: weight of the KL to the frozen start model")
     gamma: Optional[float] = option(None, "gamma: weight of PAPO's perception loss")
     eta: Optional[float] = option(None, "eta: weight of PAPO's entropy loss")
@@ -368,8 +370,8 @@ class Settings:
 @dataclass
 class Group:
     """A prompt, G responses to it, and what stays fixed during the updates on them."""
-    position: int                           # in the shuffled data, repeated without end
-    prompt: data.Prompt | None              # None only in a dummy, see `update`
+    position: int                           # in the endless shuffled stream of prompts
+    prompt: data.Prompt | None              # None only in a dummy (a filler, see `update`)
     rollout: Rollout                        # response_ids, response_mask, log_probs, entropy,
                                             # frame_attention, and .prompt, the encoded prompt
     masked_prompt: EncodedPrompt | None = None      # the prompt with a masked video, for PAPO
@@ -385,15 +387,16 @@ class Group:
     # step 5
     token_weights: Tensor | None = None     # (G, R); None: all 1
     # step 6, fixed before the first update
-    old_log_probs: Tensor | None = None     # (G, R), as are the next two
+    old_log_probs: Tensor | None = None     # (G, R), as are the next two; of the policy's first
+                                            # pass, so rho = 1 in the first update
     ref_log_probs: Tensor | None = None     # of the reference, with kl_coef
     masked_log_probs: Tensor | None = None  # of the policy under the masked video, for PAPO
     updates: list[dict[str, float]] = field(default_factory=list)   # metrics of each update
 
 
 def weigh_tokens(group: Group, logits: Tensor | None, s: Settings) -> Tensor | None:
-    """Step 5. The weights of APPO (G, R), from logits (G, R, V); None if alpha is 0: then neither
-    attention nor logits are kept. Pass another function to `train` to replace it."""
+    """Step 5. The weights of APPO (G, R), from logits (G, R, V). With alpha 0 it returns None:
+    attention and logits were not recorded. Pass another function to `train` to replace it."""
     if s.alpha == 0:
         return None
     return perception_token_weights(group.rollout.frame_attention, logits,
@@ -498,6 +501,7 @@ def collect_groups(run: Run, batches: Iterator[Batch]) -> tuple[list[Group], lis
             sampled = [g for g in sampled if (g.accuracy != g.accuracy[0]).any()]
         groups += sampled
         # All processes agree on the first prompts_per_step groups in the order of the data.
+        # Gathered: all groups so far, and the unusable samples of this batch.
         everywhere = model_utils.gather(([g.position for g in groups], unusable))
         skipped += [record for _, records in everywhere for record in records]
         positions = sorted(position for of_rank, _ in everywhere for position in of_rank)
@@ -525,7 +529,7 @@ def update(run: Run, groups: list[Group]) -> list[float]:
     """Steps 5 and 6. Optimizer steps on the groups of all processes; returns the gradient norms.
 
     Every update passes over the whole batch. The first pass also gives the old log-probabilities
-    and the logits for the token weights, so step 5 needs no pass of its own and stands inside. The
+    and the logits for the token weights, so step 5 is done there, without an extra pass. The
     objective is the mean over the groups of all processes. A group with equal rewards has
     advantages of 0 and, unless there is a KL or perception term, no gradient: it is counted in the
     mean but not computed.
@@ -540,8 +544,9 @@ def update(run: Run, groups: list[Group]) -> list[float]:
     if not all(finite for _, _, finite in counts):
         return [math.nan]       # tokens were sampled from NaN logits: no update
     # A pass through a sharded model is a collective call, so every process must make the same
-    # number; one with fewer groups adds dummies whose loss is multiplied by 0. If no group of any
-    # process is active, AdamW still makes its step, as if those groups had been computed.
+    # number; one with fewer groups adds dummies, whose gradients are 0. If no group is active
+    # anywhere, one dummy still lets AdamW take the step of its momentum, exactly as if the groups
+    # with advantages of 0 had been computed.
     passes = max(1, *(count for count, _, _ in counts))
     batch = active + [dummy_group(run) for _ in range(passes - len(active))]
     for group in batch:
@@ -553,7 +558,9 @@ def update(run: Run, groups: list[Group]) -> list[float]:
             log_probs, logits = run.policy(
                 group.rollout.prompt, group.rollout.response_ids, group.rollout.response_mask,
                 keep_logits=first and s.alpha > 0)
-            if first:       # the policy that sampled; its own values are more exact than bf16's
+            # Before any update the policy equals the model that sampled. Its fp32 values are the
+            # old log-probabilities, since they are more exact than those of the bf16 model.
+            if first:
                 run.lap("update")
                 group.old_log_probs = log_probs.detach()
                 if group.loss_scale:
@@ -603,7 +610,7 @@ def train(s: Settings, reward: Callable = data.task_reward,
     samples, held_out = load_samples(s, s.data), load_samples(s, s.eval_data)
     steps = s.steps or math.ceil(s.epochs * len(samples) / s.prompts_per_step)
     # With --resume, the folder's step and position are those of its newest checkpoint.
-    folder = model_utils.RunFolder(s.output, asdict(s), may_differ(s))
+    folder = model_utils.RunFolder(s.output, asdict(s), MAY_DIFFER)
     stream = prompt_stream(s, samples, folder.position, rank, world)
     with open_reader(s) as reader, model_utils.stop_signals() as stop:
         batches = data.read_ahead(reader, stream)       # decoding starts before the model is loaded
@@ -621,7 +628,7 @@ def train(s: Settings, reward: Callable = data.task_reward,
             folder.log("metrics", {"step": step} | metrics | {"learning_rate": rate})
             folder.log("skipped", *[{"step": step} | record for record in skipped])
             folder.log("samples", *describe(groups, run.tokenizer, step))
-            show_progress(bar, metrics, s)
+            bar.set_postfix(accuracy=metrics.get("accuracy"), reward=metrics.get("reward"))
             sample_ids = [group.prompt.sample.id for group in groups]
             folder.stop_if_failing(metrics["grad_norm"], sample_ids, skipped)
             last = step == steps
@@ -692,7 +699,7 @@ def set_up(s: Settings, model, tokenizer, reward: Callable = data.task_reward,
     """The sharded policy, its optimizer and the reference, beside the model that samples."""
     reference = None
     if s.kl_coef:
-        # A policy that is not trained shares the model's weights, so this needs a copy of its own.
+        # This policy shares the model's weights, and `refresh` overwrites them: it needs a copy.
         reference = copy.deepcopy(Policy(model, s.temperature, trainable=False))
     policy = Policy(model, s.temperature)       # an fp32 copy
     if s.gradient_checkpointing:
@@ -764,13 +771,10 @@ def open_reader(s: Settings) -> data.VideoReader:
                             min_pixels=s.min_pixels, max_pixels=s.max_pixels)
 
 
-def may_differ(s: Settings) -> tuple[str, ...]:
-    """Settings in which a resumed run may differ from the run before."""
-    names = ("output", "save_every", "keep", "eval_every", "readers", "decode_timeout",
-             "rollout_groups", "gradient_checkpointing", "cpu_offload", "cuda_graph")
-    if s.lr_schedule == "constant":
-        names += ("steps", "epochs")
-    return names
+# Settings in which a resumed run may differ from the run before.
+MAY_DIFFER = ("output", "steps", "epochs", "save_every", "keep", "eval_every", "readers",
+              "decode_timeout", "rollout_groups", "gradient_checkpointing", "cpu_offload",
+              "cuda_graph")
 
 
 def group_metrics(run: Run, group: Group) -> dict[str, float]:
@@ -792,7 +796,7 @@ def group_metrics(run: Run, group: Group) -> dict[str, float]:
     weights = torch.ones_like(rollout.log_probs)
     if group.token_weights is not None:
         weights = group.token_weights
-    gap = (group.old_log_probs - rollout.log_probs).where(mask, 0.0)    # of training and sampling
+    gap = (group.old_log_probs - rollout.log_probs).where(mask, 0.0)    # of policy and model
     outside = ((gap.exp() - 1).abs() > 0.1).float()         # ratios outside 0.9 to 1.1
     gap = gap.abs()
     return metrics | {"token_weight_mean": masked_mean(weights, mask).item(),
@@ -803,7 +807,7 @@ def group_metrics(run: Run, group: Group) -> dict[str, float]:
 
 
 def batch_metrics(run: Run, groups: list[Group], seconds: float) -> dict[str, float]:
-    """The mean of each metric over the groups that have it; of two metrics the maximum."""
+    """The mean of each metric over the groups that have it; two metrics take the maximum."""
     of_processes = model_utils.gather([(g.position, group_metrics(run, g)) for g in groups])
     # In the order of the stream, so that the sums are the same for any number of processes.
     in_order = sorted(sum(of_processes, []), key=lambda pair: pair[0])
@@ -826,43 +830,30 @@ def describe(groups: list[Group], tokenizer, step: int) -> list[dict]:
     if not groups:
         return []
     group = max(groups, key=lambda group: len(group.updates))
-    sample, rollout, responses = group.prompt.sample, group.rollout, []
+    sample, responses = group.prompt.sample, []
     for i, text in enumerate(group.texts):
-        real = rollout.response_mask[i]
-        weights = None
+        real = group.rollout.response_mask[i]
+        ids = group.rollout.response_ids[i][real].tolist()
+        response = {"text": text, "tokens": tokenizer.convert_ids_to_tokens(ids), "weights": None}
         if group.token_weights is not None:
-            weights = [round(weight, 4) for weight in group.token_weights[i][real].tolist()]
-        responses.append({
-            "text": text, "reward": group.reward[i].item(), "accuracy": group.accuracy[i].item(),
-            "format": group.format[i].item(), "advantage": group.advantages[i].item(),
-            "tokens": tokenizer.convert_ids_to_tokens(rollout.response_ids[i][real].tolist()),
-            "weights": weights})
+            response["weights"] = group.token_weights[i][real].tolist()
+        for name in ("reward", "accuracy", "format"):
+            response[name] = getattr(group, name)[i].item()
+        response["advantage"] = group.advantages[i].item()
+        responses.append(response)
     return [{"step": step, "id": sample.id, "question": sample.question, "answer": sample.answer,
              "crucial_frames": group.crucial.nonzero().flatten().tolist(), "responses": responses}]
 
 
-def show_progress(bar: tqdm, metrics: dict, s: Settings) -> None:
-    names = ("accuracy", "reward", "response_length")
-    bar.set_postfix({name: f"{metrics[name]:.2f}" for name in names if name in metrics})
-    if s.dynamic_sampling and metrics["groups"] < s.prompts_per_step and not bar.disable:
-        bar.write(f"only {metrics['groups']} groups with correct and incorrect responses")
-
-
 def print_summary(folder: model_utils.RunFolder, s: Settings) -> None:
     held_out = model_utils.read_log(folder.path / "held_out.jsonl")
-    metrics = model_utils.read_log(folder.path / "metrics.jsonl")
-    labels = {"accuracy": "held-out accuracy, sampled",
-              "topk": f"true frame among a response's top {s.k2}"}
-    for name, label in labels.items():
+    for name, label in (("accuracy", "held-out accuracy of sampled responses"),
+                        ("topk", f"true frame among a response's top {s.k2}")):
         if held_out and name in held_out[0]:
-            print(f"{label:40s} {held_out[0][name]:.3f} -> {held_out[-1][name]:.3f}   "
-                  f"({held_out[-1]['samples']} samples)")
-    speed = np.median([record["samples_per_second"] for record in metrics] or [0.0])
-    print(f"{'samples per second (median)':40s} {speed:.2f}")
-    print(f"{'checkpoint':40s} {folder.path / 'checkpoint'}")
-    print(f"{'log':40s} {folder.path / 'metrics.jsonl'}")
+            print(f"{label:40s} {held_out[0][name]:.3f} -> {held_out[-1][name]:.3f}")
     other = "dapo" if s.algorithm == "appo" else "appo"
-    print(f"{'next':40s} --algorithm {other} to compare, --model and --data for your own")
+    print(f"log and checkpoint are in {folder.path}; next: --algorithm {other} to compare, or "
+          "--model and --data for your own")
 
 
 # -------------------------------------------------------------------------------- held-out samples
@@ -890,8 +881,8 @@ def score_prompts(run: Run, prompts: dict[int, data.Prompt]) -> list[dict[str, f
 
 def score_held_out(run: Run, samples: list[data.Sample], reader: data.VideoReader,
                    step: int) -> list[dict]:
-    """A record of means over the held-out samples of all processes; none without samples. The same
-    random numbers each time."""
+    """A record of means over the held-out samples of all processes; none without samples. Each call
+    uses the same random numbers."""
     s, scores = run.settings, []
     numbered = list(enumerate(samples))[run.rank::run.world]
     batches = [dict(numbered[start:start + s.rollout_groups])
