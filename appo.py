@@ -3,15 +3,16 @@
 APPO trains a video-language model to look at the right frames. Correct responses tend to attend to
 the frames that matter; APPO gives the tokens that attend to those frames a larger weight in the
 policy gradient. Everything else is DAPO: groups of responses to the same prompt, advantages
-relative to the group, and a clipped surrogate loss averaged over a group's tokens.
+relative to the group, and a clipped surrogate loss averaged over a group's tokens. DAPO's dynamic
+sampling and overlong penalty are options, off by default: the paper's runs do not use them.
 
 Read this file from top to bottom. One training step, numbered as in the README:
   1. read     the prompts of the batch (other processes decode the videos ahead of time)
   2. sample   G responses to each prompt, and read how much every token attends to every frame
   3. score    the responses: rewards, and advantages relative to the group
   4. frames   find the crucial frames: those that the correct responses attend to most
-  5. weights  1 + alpha * D for the tokens that attend to crucial frames; D is how much the group's
-              predictions differ at those tokens
+  5. weights  1 + alpha * D for the tokens that attend to crucial frames; D is how much the G
+              responses' next-token distributions differ at corresponding tokens
   6. update   clipped policy gradient, with weight * advantage in place of the advantage
 
 Shapes: G responses to a prompt (a group), R response tokens, F frames, C of them crucial, V entries
@@ -19,11 +20,10 @@ of the vocabulary. Responses are padded to R; response_mask is true on real toke
 included.
 
 A frame is a visual time step: Qwen2.5-VL merges two sampled frames into one, so 16 sampled frames
-make F = 8. frame_attention (G, R, F) says how much a response token attends to a frame: how much
-the position that predicts the token (the one before it) attends to the frame's visual tokens, as
-the mean of its softmax weights over these tokens, over all heads and over the last
-`attention_layers` layers. Attention sums to 1 over the context: if it were uniform over 1,000
-tokens, every frame would have 0.001.
+make F = 8. frame_attention (G, R, F) says how much a response token attends to a frame: the softmax
+weight from the position that predicts the token (the one before it) to a visual token of the frame,
+averaged over the frame's visual tokens, over all heads and over the last `attention_layers` layers.
+If attention were uniform over a context of 1,000 tokens, every frame would have 0.001.
 
 Up to three copies of the language model exist. The *model* samples; it is not sharded, and in bf16
 on a GPU. The *policy* is trained; it is fp32, split over the processes, and copied into the model
@@ -89,7 +89,7 @@ def focused_frames(frame_attention: Tensor, response_mask: Tensor, *, k1: int = 
     focused = torch.zeros(G, F, dtype=torch.bool, device=frame_attention.device)
     for i in range(G):
         attention = frame_attention[i, response_mask[i]]                        # (tokens, F)
-        if len(attention) > 0:      # sampled responses have a token; other callers' may not
+        if len(attention) > 0:      # guards callers whose responses may be empty
             highest = attention.topk(min(k1, len(attention)), dim=0).values     # (K1, F)
             focused[i, highest.mean(0).topk(min(k2, F)).indices] = True
     return focused
@@ -103,7 +103,8 @@ def crucial_frames(frame_attention: Tensor, response_mask: Tensor, accuracy: Ten
     soft: the frames that any correct response focuses on. hard: of those, the ones that no
     incorrect response focuses on. all: the frames that any response focuses on. A response is
     correct if its accuracy is at least the threshold; if none is, soft and hard find no frame.
-    With G = 8 and K2 = 3, soft may select up to 24 frames; with the default F <= 8, all of them.
+    Soft unites up to G * K2 = 24 picks. With the default F <= 8 it can be every frame, and then
+    this step excludes nothing.
 
     frame_attention (G, R, F), response_mask bool (G, R), accuracy (G,) -> bool (F,)
     """
@@ -132,7 +133,8 @@ def perception_token_weights(frame_attention: Tensor, logits: Tensor, response_m
     j: the smallest becomes 0 and the largest 1; all become 0 if they are equal. The D of a token
     is the mean over the frames that picked it. The idea: where responses look at the same frame
     and yet predict differently, they perceive it differently, which is what training should fix.
-    Caveat: the j-th picks follow different prefixes, so part of D is not about perception.
+    Caveat: reading order is the paper's way to pair tokens. The j-th picks follow different
+    prefixes and need not correspond, so part of D is not about perception.
 
     frame_attention (G, R, F), response_mask bool (G, R), crucial bool (F,),
     logits (G, R, V) of the distributions the tokens were sampled from: divided by the temperature,
@@ -225,7 +227,7 @@ def clipped_surrogate_loss(
     """-mean of min(rho W A, clip(rho, 1 - clip_low, 1 + clip_high) W A), plus kl_coef * KL.
 
     rho is the ratio of new to old probability. With one update per batch it is 1 and the clip never
-    acts: the loss then equals the mean of -W A, and only its gradient matters.
+    acts: its value says nothing then; only its gradient matters.
 
     log_probs, old_log_probs, ref_log_probs, token_weights (G, R); advantages (G,);
     response_mask bool (G, R). Gradient flows through log_probs only.
@@ -313,8 +315,8 @@ class Settings:
     max_prompt_tokens: int = option(8192, "longer prompts are dropped and counted, never truncated")
     temperature: float = option(1.0, "of sampling, and of the probabilities in the loss")
     updates_per_batch: int = option(1, "optimizer steps on each batch of rollouts")
-    dynamic_sampling: bool = option(False, "DAPO: replace groups that are all correct or all "
-                                    "incorrect by other prompts")
+    dynamic_sampling: bool = option(False, "DAPO: replace groups whose responses all have "
+                                    "the same accuracy by other prompts")
     max_resamples: int = option(4, "most extra batches per step for dynamic sampling")
     overlong_buffer: int = option(0, "L_c: DAPO's penalty on the last L_c tokens before L_max")
     steps: int = option(0, "training steps; 0: as many as --epochs needs")
@@ -361,7 +363,7 @@ class Settings:
 
     @property
     def masked_video(self) -> bool:
-        """Whether the loss compares with a masked video (PAPO)."""
+        """Whether PAPO's loss is on, which compares with a masked video."""
         return self.gamma > 0 or self.eta > 0
 
 
@@ -371,7 +373,8 @@ class Settings:
 class Group:
     """A prompt, G responses to it, and what stays fixed during the updates on them."""
     position: int                           # in the endless shuffled stream of prompts
-    prompt: data.Prompt | None              # None only in a dummy (a filler, see `update`)
+    prompt: data.Prompt | None              # None only in a dummy, a filler without effect for a
+                                            # process that has fewer groups than another
     rollout: Rollout                        # response_ids, response_mask, log_probs, entropy,
                                             # frame_attention, and .prompt, the encoded prompt
     masked_prompt: EncodedPrompt | None = None      # the prompt with a masked video, for PAPO
@@ -387,8 +390,8 @@ class Group:
     # step 5
     token_weights: Tensor | None = None     # (G, R); None: all 1
     # step 6, fixed before the first update
-    old_log_probs: Tensor | None = None     # (G, R), as are the next two; of the policy's first
-                                            # pass, so rho = 1 in the first update
+    old_log_probs: Tensor | None = None     # (G, R), as are the next two; of the fp32 policy's
+                                            # first pass, not the bf16 sampler's
     ref_log_probs: Tensor | None = None     # of the reference, with kl_coef
     masked_log_probs: Tensor | None = None  # of the policy under the masked video, for PAPO
     updates: list[dict[str, float]] = field(default_factory=list)   # metrics of each update
@@ -433,7 +436,7 @@ class Run:
 # this process's part of a batch.
 Batch = dict[int, tuple[data.Sample, Future]]
 
-ORDER, ROLLOUT, MASK, HELD_OUT = range(4)       # what random numbers are for
+ORDER, ROLLOUT, MASK, HELD_OUT = range(4)       # the purposes of random numbers
 
 
 def sample_groups(run: Run, prompts: dict[int, data.Prompt],
@@ -452,7 +455,8 @@ def sample_groups(run: Run, prompts: dict[int, data.Prompt],
                        for position, prompt in part.items()]
             masked = model_utils.encode_prompts(run.model, list(part.values()), patches)
         run.lap("embed")
-        # One number per token to be sampled, so that a token does not depend on the batching.
+        # One uniform number per token, drawn by the prompt's position: what is sampled does not
+        # depend on how the prompts are batched.
         uniforms = [random_numbers(s.rollout_seed, purpose, position)
                     .random((s.group_size, s.max_new_tokens)) for position in part]
         rollouts = model_utils.rollout(
@@ -500,8 +504,8 @@ def collect_groups(run: Run, batches: Iterator[Batch]) -> tuple[list[Group], lis
         if s.dynamic_sampling:      # only groups whose responses differ in accuracy
             sampled = [g for g in sampled if (g.accuracy != g.accuracy[0]).any()]
         groups += sampled
-        # All processes agree on the first prompts_per_step groups in the order of the data.
-        # Gathered: all groups so far, and the unusable samples of this batch.
+        # All processes gather the positions of their groups so far (and the unusable samples of
+        # this batch), then keep the same first prompts_per_step groups.
         everywhere = model_utils.gather(([g.position for g in groups], unusable))
         skipped += [record for _, records in everywhere for record in records]
         positions = sorted(position for of_rank, _ in everywhere for position in of_rank)
@@ -538,16 +542,16 @@ def update(run: Run, groups: list[Group]) -> list[float]:
     active = [g for g in groups if s.kl_coef or s.masked_video or g.advantages.any()]
     finite = all(g.rollout.log_probs.isfinite().all() for g in groups)
     counts = model_utils.gather((len(active), len(groups), finite))     # of every process
-    total = sum(count for _, count, _ in counts)
+    total = sum(number_of_groups for _, number_of_groups, _ in counts)
     if total == 0:
-        return []
+        return []               # no process has a group
     if not all(finite for _, _, finite in counts):
         return [math.nan]       # tokens were sampled from NaN logits: no update
     # A pass through a sharded model is a collective call, so every process must make the same
-    # number; one with fewer groups adds dummies, whose gradients are 0. If no group is active
-    # anywhere, one dummy still lets AdamW take the step of its momentum, exactly as if the groups
+    # number; one with fewer groups adds dummies, whose gradients are 0. If there are groups but
+    # none is active, one dummy pass lets AdamW take its momentum step, exactly as if the groups
     # with advantages of 0 had been computed.
-    passes = max(1, *(count for count, _, _ in counts))
+    passes = max(1, *(number_active for number_active, _, _ in counts))
     batch = active + [dummy_group(run) for _ in range(passes - len(active))]
     for group in batch:
         add_reference_log_probs(run, group)     # baselines only
@@ -604,12 +608,13 @@ def train(s: Settings, reward: Callable = data.task_reward,
     """
     rank, world, device = model_utils.init_processes()
     if rank == 0:
-        prepare_built_in(s)
+        prepare_built_in(s)         # does nothing if the model and the data are the user's own
     dist.barrier()
     # The data come before the model, so that errors in them surface early.
     samples, held_out = load_samples(s, s.data), load_samples(s, s.eval_data)
     steps = s.steps or math.ceil(s.epochs * len(samples) / s.prompts_per_step)
-    # With --resume, the folder's step and position are those of its newest checkpoint.
+    # With --resume, the folder's step and position are those of its newest checkpoint. MAY_DIFFER
+    # are the settings that a resumed run may change.
     folder = model_utils.RunFolder(s.output, asdict(s), MAY_DIFFER)
     stream = prompt_stream(s, samples, folder.position, rank, world)
     with open_reader(s) as reader, model_utils.stop_signals() as stop:
@@ -699,7 +704,7 @@ def set_up(s: Settings, model, tokenizer, reward: Callable = data.task_reward,
     """The sharded policy, its optimizer and the reference, beside the model that samples."""
     reference = None
     if s.kl_coef:
-        # This policy shares the model's weights, and `refresh` overwrites them: it needs a copy.
+        # With trainable=False it shares the model's weights, which `refresh` overwrites: so a copy.
         reference = copy.deepcopy(Policy(model, s.temperature, trainable=False))
     policy = Policy(model, s.temperature)       # an fp32 copy
     if s.gradient_checkpointing:
@@ -904,8 +909,8 @@ def score_held_out(run: Run, samples: list[data.Sample], reader: data.VideoReade
 def prepare_built_in(s: Settings) -> None:
     """Create the missing parts of the built-in task: videos with annotations, and the tiny model.
 
-    The model learns from lessons by supervision, until it answers half of 128 test prompts and
-    looks at the frames: with random weights every reward would be 0.
+    The model is first trained with supervision on example answers ("lessons"), until it answers
+    half of 128 test prompts and looks at the frames: with random weights every reward would be 0.
     """
     folder = Path(s.toy_folder)
     if s.data == str(folder / "train.json"):
