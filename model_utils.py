@@ -235,8 +235,8 @@ def encode_prompts(model, prompts: list,
                    patches: list[Tensor] | None = None) -> list[EncodedPrompt]:
     """Embed the videos and images of all prompts in one call of the vision tower.
 
-    prompts: data.Prompt or anything with its fields; patches: other patches of the same shapes, to
-    take their place (the masked video of PAPO).
+    prompts: data.Prompt or anything with its fields, videos before images; patches: other patches
+    of the same shapes, to take their place (the masked video of PAPO).
     """
     device, config = model.device, model.config
     visual_ids = torch.tensor([config.video_token_id, config.image_token_id])
@@ -299,7 +299,9 @@ def sampling_logits(logits: Tensor, excluded: Tensor, temperature: float) -> Ten
 def group_attention(module, query, key, value, attention_mask, scaling,
                     attend: Callable | None = None, **kwargs):
     """An attention function for transformers. A caller of the language model hands in `attend`,
-    which knows which tokens form a group; without it, this is transformers' own SDPA.
+    which knows which tokens form a group; transformers passes unknown keyword arguments on to the
+    attention function. Without `attend`, this is transformers' own SDPA. Callers with `attend` give
+    the dict {"full_attention": None} as attention_mask: then transformers builds no mask.
 
     attend(layer, query (B, heads, L, D), key (B, kv_heads, L, D), value, scaling)
         -> (B, L, heads, D)
@@ -528,7 +530,9 @@ def rollout(model, prompts: list[EncodedPrompt], uniforms: Tensor, *, temperatur
             next_token = decoder.next_token
             decoder.cache.width = min(t + BLOCK, max_new_tokens)
         elif t % BLOCK == 1 and cuda_graph and on_gpu:
-            next_token = recorded(decoder.next_token)   # the token before it was the warm-up
+            # The token before it ran eagerly at this width, which was the warm-up. Recording
+            # computes nothing; the replays compute this token and the rest of the block.
+            next_token = recorded(decoder.next_token)
         next_token()
         # Asking a GPU makes the host wait for it, so it is not asked after every token.
         if (t % 8 == 7 or not on_gpu) and decoder.all_ended():
@@ -757,6 +761,7 @@ def shard(policy: Policy, device: torch.device, cpu_offload: bool = False) -> Po
     precision = MixedPrecisionPolicy()
     if device.type == "cuda":
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    # Gathered weights stay from the forward to the backward pass, unless memory is short.
     options = dict(mesh=mesh, mp_policy=precision, reshard_after_forward=cpu_offload)
     if cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
@@ -801,7 +806,8 @@ class RunFolder:
         self.checkpoint: Path | None = None     # to resume from
         if settings["resume"]:
             self.find_checkpoint(may_differ)
-        elif self.path.resolve() in Path(settings.get("model") or "").resolve().parents:
+        model = Path(settings.get("model") or "").resolve()
+        if not settings["resume"] and self.path.resolve() in (model, *model.parents):
             raise RunError(f"--output {self.path} holds the model {settings['model']}, and a new "
                            "run moves it aside; give another --output")
 
@@ -841,6 +847,9 @@ class RunFolder:
                 raise RunError(f"--{name} is {now} and was {before} in {self.path}; resume with "
                                "the same settings")
         complete = [state.parent for state in sorted(self.path.glob("step-??????/state.json"))]
+        if not complete and (self.path / "checkpoint").exists():
+            raise RunError(f"{self.path}: the run has finished, and has no checkpoint to resume "
+                           "from; leave out --resume")
         if complete:
             self.checkpoint = complete[-1]
             state = json.loads((self.checkpoint / "state.json").read_text())
@@ -849,7 +858,10 @@ class RunFolder:
 
     def cut_logs(self) -> None:
         """Drop what was logged after the checkpoint; a killed run may end in half a line."""
-        for log in self.path.glob("*.jsonl"):
+        for name in ("metrics", "samples", "skipped", "held_out"):
+            log = self.path / f"{name}.jsonl"
+            if not log.exists():
+                continue
             lines = log.read_text().splitlines(keepends=True)
             complete = [line for line in lines if line.endswith("\n")]
             before = []
@@ -948,7 +960,7 @@ def save_checkpoint(folder: Path, model, tokenizer, source: str | None, policy=N
                 shutil.rmtree(folder)
             partial_folder.rename(folder)
     except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[-300:]    # the cause comes last
         raise RunError(f"{folder}: cannot be written ({reason}); make room on the disk. The last "
                        "complete checkpoint is intact, continue with --resume") from error
 
@@ -1135,7 +1147,8 @@ def learn_answers(model, lessons: list, measure: Callable, max_steps: int = 200)
         if step >= 50 and step % 5 == 0:
             refresh(model, policy)
             accuracy, looking = measure(model)
-            if accuracy > 0.75:     # without looking: otherwise it would have stopped at 0.5
+            # A model that looks stops at 0.5; one that is above 0.75 has learned not to look.
+            if accuracy > 0.75:
                 return False
             if accuracy >= 0.5 and looking >= 0.3:
                 return True
