@@ -624,6 +624,8 @@ def train(s: Settings, reward: Callable = data.task_reward,
         folder.start_or_resume(run.model, run.policy, run.optimizer)
         if folder.step == 0:
             folder.log("held_out", *score_held_out(run, held_out, reader, 0))
+        if rank == 0:
+            print(f"training on {world} x {device.type}")
         bar = tqdm(range(folder.step + 1, steps + 1), s.algorithm, steps, initial=folder.step,
                    disable=rank > 0)
         for step in bar:

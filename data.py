@@ -893,17 +893,21 @@ def read_ahead(reader: VideoReader, batches: Iterable[dict[int, Sample]]
                ) -> Iterator[dict[int, tuple[Sample, Future]]]:
     """Batches {position: sample} -> {position: (sample, its Visual to come)}.
 
-    Each batch is decoded while the caller works on the one before. The position is the caller's
-    name for the sample's place.
+    Each batch is decoded while the caller works on the one before, and the first one from this call
+    on. The position is the caller's name for the sample's place.
     """
-    previous = None
-    for batch in batches:
-        coming = {at: (sample, reader.submit(sample)) for at, sample in batch.items()}
-        if previous is not None:
-            yield previous
-        previous = coming
-    if previous is not None:
-        yield previous
+    def submit(batch: dict[int, Sample]) -> dict[int, tuple[Sample, Future]]:
+        return {at: (sample, reader.submit(sample)) for at, sample in batch.items()}
+
+    def deliver(coming: dict[int, tuple[Sample, Future]]):
+        for batch in batches:
+            ready, coming = coming, submit(batch)
+            yield ready
+        yield coming
+
+    batches = iter(batches)
+    first = next(batches, None)
+    return iter(()) if first is None else deliver(submit(first))
 
 
 def build_prompts(batch: dict[int, tuple[Sample, Future]], tokenizer,

@@ -1630,6 +1630,7 @@ def test_batches_are_read_ahead_and_long_or_unreadable_prompts_left_out(tmp_path
 
     with data.VideoReader(1, **READING) as reader:
         ahead = data.read_ahead(reader, batches())
+        assert taken == [7]  # the first batch is being decoded already
         batch = next(ahead)
         assert taken == [7, 3]  # the second batch is under way
         assert [list(other) for other in ahead] == [[3, 4]]
