@@ -257,14 +257,12 @@ def clipped_surrogate_loss(
 
 # ---------------------------------------------------------------------------------------- settings
 
-# The settings that define each algorithm. PAPO's gamma and eta are those of its 3B models.
-PRESETS = {
-    "appo":   dict(alpha=1.7, clip_high=0.28, average="tokens", kl_coef=0, gamma=0, eta=0),
-    "dapo":   dict(alpha=0, clip_high=0.28, average="tokens", kl_coef=0, gamma=0, eta=0),
-    "grpo":   dict(alpha=0, clip_high=0.2, average="responses", kl_coef=0.01, gamma=0, eta=0),
-    "papo_g": dict(alpha=0, clip_high=0.2, average="responses", kl_coef=0.01, gamma=0.02, eta=0),
-    "papo_d": dict(alpha=0, clip_high=0.28, average="tokens", kl_coef=0, gamma=0.01, eta=0.03),
-}
+# What defines the algorithms: DAPO's settings, and what the others change in them. PAPO's gamma and
+# eta are those of its 3B models.
+DAPO = dict(alpha=0.0, clip_high=0.28, average="tokens", kl_coef=0.0, gamma=0.0, eta=0.0)
+GRPO = DAPO | dict(clip_high=0.2, average="responses", kl_coef=0.01)
+PRESETS = {"appo": DAPO | dict(alpha=1.7), "dapo": DAPO, "grpo": GRPO,
+           "papo_g": GRPO | dict(gamma=0.02), "papo_d": DAPO | dict(gamma=0.01, eta=0.03)}
 # Other defaults for the built-in model, which is tiny: its responses have a dozen tokens, F = 8.
 TINY = dict(k1=4, k2=2, k3=6, attention_layers=2, max_new_tokens=18, min_pixels=3136,
             max_pixels=3136, steps=50, updates_per_batch=2, learning_rate=3e-4, warmup_steps=5,
@@ -388,7 +386,7 @@ class Group:
     # step 4
     crucial: Tensor | None = None           # bool (F,)
     # step 5
-    token_weights: Tensor | None = None     # (G, R); None: all 1
+    token_weights: Tensor | None = None     # (G, R); None in groups that are not computed
     # step 6, fixed before the first update
     old_log_probs: Tensor | None = None     # (G, R), as are the next two; of the fp32 policy's
                                             # first pass, not the bf16 sampler's
@@ -397,14 +395,14 @@ class Group:
     updates: list[dict[str, float]] = field(default_factory=list)   # metrics of each update
 
 
-def weigh_tokens(group: Group, logits: Tensor | None, s: Settings) -> Tensor | None:
-    """Step 5. The weights of APPO (G, R), from logits (G, R, V). With alpha 0 it returns None:
-    attention and logits were not recorded. Pass another function to `train` to replace it."""
+def weigh_tokens(group: Group, logits: Tensor | None, s: Settings) -> Tensor:
+    """Step 5. The weights of APPO (G, R), from logits (G, R, V). With alpha 0 all are 1, and
+    neither attention nor logits were recorded. To replace it, pass another function to `train`."""
+    mask = group.rollout.response_mask
     if s.alpha == 0:
-        return None
-    return perception_token_weights(group.rollout.frame_attention, logits,
-                                    group.rollout.response_mask, group.crucial, k3=s.k3,
-                                    alpha=s.alpha)
+        return torch.ones(mask.shape, device=mask.device)
+    return perception_token_weights(group.rollout.frame_attention, logits, mask, group.crucial,
+                                    k3=s.k3, alpha=s.alpha)
 
 
 @dataclass
@@ -419,7 +417,7 @@ class Run:
     rank: int = 0
     world: int = 1                          # number of processes
     reward: Callable = data.task_reward     # (response, sample) -> (reward, accuracy, format)
-    weigh: Callable = weigh_tokens          # (group, logits, settings) -> (G, R) or None
+    weigh: Callable = weigh_tokens          # (group, logits, settings) -> (G, R)
     position: int = 0                       # prompts taken from the stream, over all processes
     seconds: Counter = field(default_factory=Counter)       # of the phases of a step
     last_lap: float = 0.0
@@ -613,9 +611,8 @@ def train(s: Settings, reward: Callable = data.task_reward,
     # The data come before the model, so that errors in them surface early.
     samples, held_out = load_samples(s, s.data), load_samples(s, s.eval_data)
     steps = s.steps or math.ceil(s.epochs * len(samples) / s.prompts_per_step)
-    # With --resume, the folder's step and position are those of its newest checkpoint. MAY_DIFFER
-    # are the settings that a resumed run may change.
-    folder = model_utils.RunFolder(s.output, asdict(s), MAY_DIFFER)
+    # With --resume, the folder's step and position are those of its newest checkpoint.
+    folder = model_utils.RunFolder(s.output, asdict(s), may_differ(s))
     stream = prompt_stream(s, samples, folder.position, rank, world)
     with open_reader(s) as reader, model_utils.stop_signals() as stop:
         batches = data.read_ahead(reader, stream)       # decoding starts before the model is loaded
@@ -778,10 +775,13 @@ def open_reader(s: Settings) -> data.VideoReader:
                             min_pixels=s.min_pixels, max_pixels=s.max_pixels)
 
 
-# Settings in which a resumed run may differ from the run before.
-MAY_DIFFER = ("output", "steps", "epochs", "save_every", "keep", "eval_every", "readers",
-              "decode_timeout", "rollout_groups", "gradient_checkpointing", "cpu_offload",
-              "cuda_graph")
+def may_differ(s: Settings) -> set[str]:
+    """Settings in which a resumed run may differ from the run before."""
+    names = {"output", "save_every", "keep", "eval_every", "readers", "decode_timeout",
+             "rollout_groups", "gradient_checkpointing", "cpu_offload", "cuda_graph"}
+    if s.lr_schedule == "constant":
+        names |= {"steps", "epochs"}
+    return names
 
 
 def group_metrics(run: Run, group: Group) -> dict[str, float]:
@@ -800,16 +800,12 @@ def group_metrics(run: Run, group: Group) -> dict[str, float]:
         return metrics
     for name in group.updates[0]:
         metrics[name] = float(np.mean([of_update[name] for of_update in group.updates]))
-    weights = torch.ones_like(rollout.log_probs)
-    if group.token_weights is not None:
-        weights = group.token_weights
     gap = (group.old_log_probs - rollout.log_probs).where(mask, 0.0)    # of policy and model
     outside = ((gap.exp() - 1).abs() > 0.1).float()         # ratios outside 0.9 to 1.1
-    gap = gap.abs()
-    return metrics | {"token_weight_mean": masked_mean(weights, mask).item(),
-                      "token_weight_max": weights.max().item(),
-                      "rollout_logprob_gap": gap.max().item(),
-                      "rollout_logprob_gap_mean": masked_mean(gap, mask).item(),
+    return metrics | {"token_weight_mean": masked_mean(group.token_weights, mask).item(),
+                      "token_weight_max": group.token_weights.max().item(),
+                      "rollout_logprob_gap": gap.abs().max().item(),
+                      "rollout_logprob_gap_mean": masked_mean(gap.abs(), mask).item(),
                       "rollout_ratio_outside": masked_mean(outside, mask).item()}
 
 
@@ -838,15 +834,14 @@ def describe(groups: list[Group], tokenizer, step: int) -> list[dict]:
         return []
     group = max(groups, key=lambda group: len(group.updates))
     sample, responses = group.prompt.sample, []
-    for i, text in enumerate(group.texts):
-        real = group.rollout.response_mask[i]
+    for i, real in enumerate(group.rollout.response_mask):
         ids = group.rollout.response_ids[i][real].tolist()
-        response = {"text": text, "tokens": tokenizer.convert_ids_to_tokens(ids), "weights": None}
-        if group.token_weights is not None:
-            response["weights"] = group.token_weights[i][real].tolist()
+        response = {"text": group.texts[i], "tokens": tokenizer.convert_ids_to_tokens(ids),
+                    "advantage": group.advantages[i].item(), "weights": None}
         for name in ("reward", "accuracy", "format"):
             response[name] = getattr(group, name)[i].item()
-        response["advantage"] = group.advantages[i].item()
+        if group.updates:
+            response["weights"] = group.token_weights[i][real].tolist()
         responses.append(response)
     return [{"step": step, "id": sample.id, "question": sample.question, "answer": sample.answer,
              "crucial_frames": group.crucial.nonzero().flatten().tolist(), "responses": responses}]
