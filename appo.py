@@ -6,14 +6,18 @@ policy gradient. Everything else is DAPO: groups of responses to the same prompt
 relative to the group, and a clipped surrogate loss averaged over a group's tokens. DAPO's dynamic
 sampling and overlong penalty are options, off by default: the paper's runs do not use them.
 
-Read this file from top to bottom. One training step, numbered as in the README:
+One training step:
   1. read     the prompts of the batch (other processes decode the videos ahead of time)
   2. sample   G responses to each prompt, and read how much every token attends to every frame
-  3. score    the responses: rewards, and advantages relative to the group
+  3. score    the responses: rewards (0.9 * accuracy + 0.1 * format, if the task is a choice), and
+              advantages relative to the group
   4. frames   find the crucial frames: those that the correct responses attend to most
-  5. weights  1 + alpha * D for the tokens that attend to crucial frames; D is how much the G
-              responses' next-token distributions differ at corresponding tokens
+  5. weights  1 + alpha * D for the tokens, of all responses, that attend most to crucial frames; D
+              is how much the responses differ there in their next-token distributions
   6. update   clipped policy gradient, with weight * advantage in place of the advantage
+
+First come steps 3 to 6 as functions of tensors, then the settings (skip them at first), then
+`training_step` and what it calls, then the loop.
 
 Shapes: G responses to a prompt (a group), R response tokens, F frames, C of them crucial, V entries
 of the vocabulary. Responses are padded to R; response_mask is true on real tokens, the end token
@@ -23,7 +27,6 @@ A frame is a visual time step: Qwen2.5-VL merges two sampled frames into one, so
 make F = 8. frame_attention (G, R, F) says how much a response token attends to a frame: the softmax
 weight from the position that predicts the token (the one before it) to a visual token of the frame,
 averaged over the frame's visual tokens, over all heads and over the last `attention_layers` layers.
-If attention were uniform over a context of 1,000 tokens, every frame would have 0.001.
 
 Up to three copies of the language model exist. The *model* samples; it is not sharded, and in bf16
 on a GPU. The *policy* is trained; it is fp32, split over the processes, and copied into the model
@@ -32,8 +35,9 @@ tower is frozen, as in the paper. No loss acts on the attention itself: it only 
 tokens weigh more. With several processes each one has its share of a batch's prompts, and all of
 them update the same policy.
 
-The baselines are here, too. GRPO adds beta * KL(policy || reference). PAPO (arXiv 2507.06448) adds
--gamma * KL(policy || policy given a masked video) + eta * entropy to GRPO or DAPO.
+The baselines are here, too. GRPO adds beta * KL(policy || reference) to the loss, and PAPO (arXiv
+2507.06448) adds -gamma * KL(policy || policy given a masked video) + eta * entropy to that of GRPO
+or DAPO. Their functions stand after the loop.
 
     torchrun appo.py                                        # the built-in task, minutes on a CPU
     torchrun appo.py --model Qwen/Qwen2.5-VL-3B-Instruct --data train.json --video_root videos
@@ -58,7 +62,7 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 
 import data
 import model_utils
-from model_utils import EncodedPrompt, Policy, Rollout, RunError
+from model_utils import Policy, Rollout, RunError
 
 
 # ------------------------------------------------------------------- step 3: rewards to advantages
@@ -89,7 +93,7 @@ def focused_frames(frame_attention: Tensor, response_mask: Tensor, *, k1: int = 
     focused = torch.zeros(G, F, dtype=torch.bool, device=frame_attention.device)
     for i in range(G):
         attention = frame_attention[i, response_mask[i]]                        # (tokens, F)
-        if len(attention) > 0:      # guards callers whose responses may be empty
+        if len(attention) > 0:      # our responses hold at least an end token, others' may not
             highest = attention.topk(min(k1, len(attention)), dim=0).values     # (K1, F)
             focused[i, highest.mean(0).topk(min(k2, F)).indices] = True
     return focused
@@ -127,35 +131,39 @@ def perception_token_weights(frame_attention: Tensor, logits: Tensor, response_m
                              crucial: Tensor, *, k3: int = 64, alpha: float = 1.7) -> Tensor:
     """W = 1 + alpha * D, the weight of each response token (supplement, A.2 and Eq. 1).
 
-    For every crucial frame, each response picks its K3 tokens that attend to the frame most. Each
-    response's picks are put in reading order, and the j-th picks of the G responses are compared:
-    D_j says how much the distributions they were sampled from differ. Per frame, D is scaled over
-    j: the smallest becomes 0 and the largest 1; all become 0 if they are equal. The D of a token
-    is the mean over the frames that picked it. The idea: where responses look at the same frame
-    and yet predict differently, they perceive it differently, which is what training should fix.
-    Caveat: reading order is the paper's way to pair tokens. The j-th picks follow different
-    prefixes and need not correspond, so part of D is not about perception.
+    For every crucial frame:
+      pick     in each response the K3 tokens that attend to the frame most, in reading order
+      compare  the j-th picks of the G responses: their divergence says how much the distributions
+               they were sampled from differ
+      scale    the divergences over j, so that the smallest is 0 and the largest 1 (all are 0 if
+               they are equal)
+    The D of a token is the mean of its scaled divergences, over the frames it was picked for.
+
+    The idea: where responses look at the same frame and yet predict differently, they perceive it
+    differently, which is what training should fix. Caveat: reading order is the paper's way to pair
+    tokens. The j-th picks follow different prefixes and need not correspond, so part of D is not
+    about perception.
 
     frame_attention (G, R, F), response_mask bool (G, R), crucial bool (F,),
     logits (G, R, V) of the distributions the tokens were sampled from: divided by the temperature,
     -inf for tokens that are never sampled (the placeholders of visual tokens)
-    -> float32 (G, R) between 1 and 1 + alpha; 1 in the padding and for tokens no frame picked
+    -> float32 (G, R) between 1 and 1 + alpha; 1 in the padding and for tokens never picked
 
     Example: one crucial frame and two responses of two tokens, both picked (K3 = 2). The first
-    tokens were sampled from equal distributions: D_1 = 0. The second ones were sampled from
-    (0.9, 0.1) and (0.1, 0.9): D_2 = 0.736. Scaled: 0 and 1, so W = [1, 2.7] in both responses.
+    tokens were sampled from equal distributions: divergence 0. The second ones were sampled from
+    (0.9, 0.1) and (0.1, 0.9): divergence 0.736. Scaled: 0 and 1, so W = [1, 2.7] in both responses.
     """
     if not crucial.any():
         return torch.ones(response_mask.shape, device=response_mask.device)
     attention = frame_attention[:, :, crucial].permute(2, 0, 1)                 # (C, G, R)
     picked = most_attentive_tokens(attention, response_mask, k3)                # bool (C, G, R)
-    # Frames that pick the same tokens, as all do where no response is longer than K3, are compared
-    # only once.
-    distinct, index = picked.unique(dim=0, return_inverse=True)
+    # Frames often share the same picks, and all do where no response is longer than K3. Each
+    # distinct set is compared only once.
+    distinct, set_of_frame = picked.unique(dim=0, return_inverse=True)          # -> (sets, G, R)
     divergence = torch.stack([divergence_of_picks(logits, picks) for picks in distinct])
-    divergence = divergence[index]                                              # (C, G, R)
-    frames_that_picked = picked.sum(0)                                          # (G, R)
-    return 1 + alpha * divergence.sum(0) / frames_that_picked.clamp(min=1)
+    divergence = divergence[set_of_frame]                                       # (C, G, R)
+    times_picked = picked.sum(0)                                                # (G, R)
+    return 1 + alpha * divergence.sum(0) / times_picked.clamp(min=1)
 
 
 def most_attentive_tokens(attention: Tensor, response_mask: Tensor, k: int) -> Tensor:
@@ -167,34 +175,35 @@ def most_attentive_tokens(attention: Tensor, response_mask: Tensor, k: int) -> T
 
 
 def divergence_of_picks(logits: Tensor, picked: Tensor) -> Tensor:
-    """D_j of each token that a frame picked, scaled to 0..1; 0 for the others.
+    """The scaled divergence of each token that was picked for a frame; 0 for the others.
 
     logits (G, R, V), picked bool (G, R) -> (G, R)
     """
-    tokens = [row.nonzero().flatten() for row in picked]        # of each response, in reading order
-    columns = pad_sequence(tokens, padding_value=-1)            # (J, G): row j has the j-th picks
-    D = group_divergence(logits, columns)                                       # (J,)
-    span = D.max() - D.min()
-    if span < 1e-4:                                             # equal up to rounding
-        return torch.zeros(picked.shape, device=picked.device)
-    D = (D - D.min()) / span
     result = torch.zeros(picked.shape, device=picked.device)
+    tokens = [row.nonzero().flatten() for row in picked]        # of each response, in reading order
+    jth_picks = pad_sequence(tokens, padding_value=-1)                          # (J, G)
+    divergence = group_divergence(logits, jth_picks)                            # (J,)
+    span = divergence.max() - divergence.min()
+    if span < 1e-4:                                             # equal up to rounding
+        return result
+    scaled = (divergence - divergence.min()) / span
     for i, of_response in enumerate(tokens):
-        result[i, of_response] = D[:len(of_response)]
+        result[i, of_response] = scaled[:len(of_response)]
     return result
 
 
-def group_divergence(logits: Tensor, columns: Tensor) -> Tensor:
-    """How much the group disagrees: D = sum_i KL(p_i || mean of all p_i)  (supplement, Eq. 1).
+def group_divergence(logits: Tensor, tokens: Tensor) -> Tensor:
+    """How much the group disagrees: sum_i KL(p_i || mean of all p_i)  (supplement, Eq. 1).
 
-    Responses without a j-th pick take no part, so D tends to be smaller where few have one.
-    logits (G, R, V); columns int (J, G), one token per response, -1: none
+    Responses without a token take no part, so the sum tends to be smaller where few have one.
+    logits (G, R, V); tokens int (J, G), in each row one token per response, -1: none
     -> (J,), each between 0 and G ln G
     """
-    responses = torch.arange(columns.shape[1], device=columns.device)           # (G,)
+    responses = torch.arange(tokens.shape[1], device=tokens.device)             # (G,)
     results = []
-    for part in columns.split(16):              # bounds the memory: (16, G, V)
+    for part in tokens.split(16):               # bounds the memory: (16, G, V)
         present = (part >= 0)[:, :, None]                                       # (16, G, 1)
+        # Of response g the logits at its token; where it has none, any, for they are masked next.
         log_p = logits[responses, part.clamp(min=0)].float().log_softmax(-1)    # (16, G, V)
         log_p = log_p.where(present, -torch.inf)
         p = log_p.exp()
@@ -227,7 +236,7 @@ def clipped_surrogate_loss(
     """-mean of min(rho W A, clip(rho, 1 - clip_low, 1 + clip_high) W A), plus kl_coef * KL.
 
     rho is the ratio of new to old probability. With one update per batch it is 1 and the clip never
-    acts: its value says nothing then; only its gradient matters.
+    acts; the loss's value says nothing then, and only its gradient matters.
 
     log_probs, old_log_probs, ref_log_probs, token_weights (G, R); advantages (G,);
     response_mask bool (G, R). Gradient flows through log_probs only.
@@ -375,7 +384,6 @@ class Group:
                                             # process that has fewer groups than another
     rollout: Rollout                        # response_ids, response_mask, log_probs, entropy,
                                             # frame_attention, and .prompt, the encoded prompt
-    masked_prompt: EncodedPrompt | None = None      # the prompt with a masked video, for PAPO
     loss_scale: float = 1.0                 # 0 in a dummy
     # step 3
     texts: list[str] = field(default_factory=list)
@@ -386,13 +394,15 @@ class Group:
     # step 4
     crucial: Tensor | None = None           # bool (F,)
     # step 5
-    token_weights: Tensor | None = None     # (G, R); None in groups that are not computed
+    token_weights: Tensor | None = None     # (G, R); None in a dummy, and in a group that `update`
+                                            # skips because it has no gradient
     # step 6, fixed before the first update
     old_log_probs: Tensor | None = None     # (G, R), as are the next two; of the fp32 policy's
                                             # first pass, not the bf16 sampler's
     ref_log_probs: Tensor | None = None     # of the reference, with kl_coef
     masked_log_probs: Tensor | None = None  # of the policy under the masked video, for PAPO
-    updates: list[dict[str, float]] = field(default_factory=list)   # metrics of each update
+    updates: list[dict[str, float]] = field(default_factory=list)   # metrics of each update; none
+                                            # in a group that is skipped
 
 
 def weigh_tokens(group: Group, logits: Tensor | None, s: Settings) -> Tensor:
@@ -443,25 +453,18 @@ def sample_groups(run: Run, prompts: dict[int, data.Prompt],
     s = run.settings
     groups, positions = [], list(prompts)
     for start in range(0, len(positions), s.rollout_groups):
-        part = {position: prompts[position]
-                for position in positions[start:start + s.rollout_groups]}
-        encoded = model_utils.encode_prompts(run.model, list(part.values()))
-        masked = [None] * len(part)
-        if s.masked_video:
-            patches = [data.mask_patches(prompt.patches, prompt.video_grids + prompt.image_grids,
-                                         random_numbers(s.seed, MASK, position))
-                       for position, prompt in part.items()]
-            masked = model_utils.encode_prompts(run.model, list(part.values()), patches)
+        part = positions[start:start + s.rollout_groups]
+        encoded = model_utils.encode_prompts(run.model, [prompts[position] for position in part])
         run.lap("embed")
-        # One uniform number per token, drawn by the prompt's position: what is sampled does not
-        # depend on how the prompts are batched.
+        # One uniform number per token, seeded by the prompt's place in the stream: what is sampled
+        # does not depend on how the prompts are batched.
         uniforms = [random_numbers(s.rollout_seed, purpose, position)
                     .random((s.group_size, s.max_new_tokens)) for position in part]
         rollouts = model_utils.rollout(
             run.model, encoded, torch.tensor(np.stack(uniforms)), temperature=s.temperature,
             attention_layers=s.attention_layers if s.alpha else 0, cuda_graph=s.cuda_graph)
-        for position, rollout, masked_prompt in zip(part, rollouts, masked):
-            groups.append(Group(position, part[position], rollout, masked_prompt=masked_prompt))
+        for position, rollout in zip(part, rollouts):
+            groups.append(Group(position, prompts[position], rollout))
         run.lap("rollout")
     return groups
 
@@ -484,13 +487,17 @@ def score_group(run: Run, group: Group) -> None:
 
 
 def collect_groups(run: Run, batches: Iterator[Batch]) -> tuple[list[Group], list[dict]]:
-    """Steps 1 to 4: (this process's groups, a record of each sample that could not be used)."""
+    """Steps 1 to 4: (this process's groups, a record of each sample that no process could use).
+
+    With dynamic sampling, groups whose responses all have the same accuracy are replaced by those
+    of further batches. If there are too few of them, the training step has fewer groups.
+    """
     s = run.settings
     groups, skipped = [], []
     most_batches = 1 + s.max_resamples if s.dynamic_sampling else 1
     for _ in range(most_batches):
         batch = next(batches)
-        wait([visual for _, visual in batch.values()])      # only so that waiting is timed
+        wait([visual for _, visual in batch.values()])      # so that waiting is timed by itself
         run.lap("wait")
         prompts, unusable = data.build_prompts(batch, run.tokenizer, s.max_prompt_tokens)  # step 1
         run.position += s.prompts_per_step
@@ -499,18 +506,17 @@ def collect_groups(run: Run, batches: Iterator[Batch]) -> tuple[list[Group], lis
         for group in sampled:
             score_group(run, group)                                             # steps 3 and 4
         run.lap("score")
-        if s.dynamic_sampling:      # only groups whose responses differ in accuracy
+        if s.dynamic_sampling:      # by accuracy, as in DAPO
             sampled = [g for g in sampled if (g.accuracy != g.accuracy[0]).any()]
         groups += sampled
-        # All processes gather the positions of their groups so far (and the unusable samples of
-        # this batch), then keep the same first prompts_per_step groups.
-        everywhere = model_utils.gather(([g.position for g in groups], unusable))
-        skipped += [record for _, records in everywhere for record in records]
-        positions = sorted(position for of_rank, _ in everywhere for position in of_rank)
+        skipped += unusable
+        of_processes = model_utils.gather([group.position for group in groups])
+        positions = sorted(sum(of_processes, []))           # of the groups of all processes
         if len(positions) >= s.prompts_per_step:
             break
-    chosen = positions[:s.prompts_per_step]
-    return [g for g in groups if g.position in chosen], skipped
+    chosen = positions[:s.prompts_per_step]                 # the same in all processes
+    skipped = sum(model_utils.gather(skipped), [])
+    return [group for group in groups if group.position in chosen], skipped
 
 
 def group_loss(run: Run, group: Group, log_probs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -527,30 +533,40 @@ def group_loss(run: Run, group: Group, log_probs: Tensor) -> tuple[Tensor, dict[
     return loss, {"loss": loss.detach()} | metrics
 
 
-def update(run: Run, groups: list[Group]) -> list[float]:
-    """Steps 5 and 6. Optimizer steps on the groups of all processes; returns the gradient norms.
+def plan_passes(run: Run, groups: list[Group]) -> tuple[list[Group], int, bool]:
+    """(this process's groups to compute, number of groups of all processes, whether all of their
+    tokens were sampled from finite logits).
 
-    Every update passes over the whole batch. The first pass also gives the old log-probabilities
-    and the logits for the token weights, so step 5 is done there, without an extra pass. The
-    objective is the mean over the groups of all processes. A group with equal rewards has
-    advantages of 0 and, unless there is a KL or perception term, no gradient: it is counted in the
-    mean but not computed.
+    A group with equal rewards has advantages of 0 and, unless there is a KL or perception term, no
+    gradient: it counts in the mean over groups, but is not computed.
+
+    A pass through a sharded model is a collective call, so every process must make the same number:
+    one with fewer groups adds dummies, whose gradients are 0. There is at least one pass, so that
+    AdamW takes its momentum step as if the groups with advantages of 0 had been computed.
     """
     s = run.settings
     active = [g for g in groups if s.kl_coef or s.masked_video or g.advantages.any()]
     finite = all(g.rollout.log_probs.isfinite().all() for g in groups)
     counts = model_utils.gather((len(active), len(groups), finite))     # of every process
+    most_active = max(number_active for number_active, _, _ in counts)
     total = sum(number_of_groups for _, number_of_groups, _ in counts)
+    dummies = [dummy_group(run) for _ in range(max(1, most_active) - len(active))]
+    return active + dummies, total, all(finite for _, _, finite in counts)
+
+
+def update(run: Run, groups: list[Group]) -> list[float]:
+    """Steps 5 and 6. Optimizer steps on the groups of all processes; returns the gradient norms.
+
+    Every update passes over the whole batch, and its objective is the mean over the groups of all
+    processes. The first update's pass also gives the old log-probabilities and the logits for the
+    token weights, so step 5 is done there, without an extra pass.
+    """
+    s = run.settings
+    batch, total, finite = plan_passes(run, groups)
     if total == 0:
-        return []               # no process has a group
-    if not all(finite for _, _, finite in counts):
-        return [math.nan]       # tokens were sampled from NaN logits: no update
-    # A pass through a sharded model is a collective call, so every process must make the same
-    # number; one with fewer groups adds dummies, whose gradients are 0. If there are groups but
-    # none is active, one dummy pass lets AdamW take its momentum step, exactly as if the groups
-    # with advantages of 0 had been computed.
-    passes = max(1, *(number_active for number_active, _, _ in counts))
-    batch = active + [dummy_group(run) for _ in range(passes - len(active))]
+        return []
+    if not finite:
+        return [math.nan]       # no update
     for group in batch:
         add_reference_log_probs(run, group)     # baselines only
     norms = []
@@ -560,8 +576,8 @@ def update(run: Run, groups: list[Group]) -> list[float]:
             log_probs, logits = run.policy(
                 group.rollout.prompt, group.rollout.response_ids, group.rollout.response_mask,
                 keep_logits=first and s.alpha > 0)
-            # Before any update the policy equals the model that sampled. Its fp32 values are the
-            # old log-probabilities, since they are more exact than those of the bf16 model.
+            # Before the first update on a batch, the policy is the model that sampled it, but in
+            # fp32. Its log-probabilities are more exact than those noted while sampling.
             if first:
                 run.lap("update")
                 group.old_log_probs = log_probs.detach()
@@ -616,7 +632,8 @@ def train(s: Settings, reward: Callable = data.task_reward,
     stream = prompt_stream(s, samples, folder.position, rank, world)
     with open_reader(s) as reader, model_utils.stop_signals() as stop:
         batches = data.read_ahead(reader, stream)       # decoding starts before the model is loaded
-        run = set_up(s, *model_utils.load_model(s.model, device), reward, weigh)
+        model, tokenizer = model_utils.load_model(s.model, device)
+        run = set_up(s, model, tokenizer, reward, weigh)
         run.position = folder.position
         folder.start_or_resume(run.model, run.policy, run.optimizer)
         if folder.step == 0:
@@ -689,11 +706,17 @@ def perception_loss(log_probs: Tensor, masked_log_probs: Tensor, response_mask: 
 @torch.no_grad()
 def add_reference_log_probs(run: Run, group: Group) -> None:
     """Before step 6: the log-probabilities that the KL terms of GRPO and PAPO compare with."""
-    ids, mask = group.rollout.response_ids, group.rollout.response_mask
+    prompt, rollout = group.prompt, group.rollout
     if run.reference is not None:
-        group.ref_log_probs, _ = run.reference(group.rollout.prompt, ids, mask)
+        group.ref_log_probs, _ = run.reference(rollout.prompt, rollout.response_ids,
+                                               rollout.response_mask)
     if run.settings.masked_video:
-        group.masked_log_probs, _ = run.policy(group.masked_prompt, ids, mask)
+        masked = rollout.prompt
+        if prompt is not None:      # a dummy has no video
+            patches = data.mask_patches(prompt.patches, prompt.video_grids + prompt.image_grids,
+                                        random_numbers(run.settings.seed, MASK, group.position))
+            masked, = model_utils.encode_prompts(run.model, [replace(prompt, patches=patches)])
+        group.masked_log_probs, _ = run.policy(masked, rollout.response_ids, rollout.response_mask)
 
 
 # ------------------------------------------------------------------------------------- the plumbing
@@ -721,8 +744,7 @@ def dummy_group(run: Run) -> Group:
     """The smallest group that a policy can take: one prompt token and one response of one token."""
     rollout = model_utils.dummy_rollout(run.model)
     zero = torch.zeros(1, device=run.model.device)
-    return Group(position=-1, prompt=None, rollout=rollout, masked_prompt=rollout.prompt,
-                 loss_scale=0.0, advantages=zero, crucial=zero[:0].bool())
+    return Group(position=-1, prompt=None, rollout=rollout, loss_scale=0.0, advantages=zero)
 
 
 def set_learning_rate(run: Run, step: int, steps: int) -> float:
@@ -863,9 +885,8 @@ def print_summary(folder: model_utils.RunFolder, s: Settings) -> None:
 def score_prompts(run: Run, prompts: dict[int, data.Prompt]) -> list[dict[str, float]]:
     """One sampled response to each prompt: its accuracy, and if the frame that shows the answer is
     known, whether the response attends to it most (top1) or among its K2 frames (topk)."""
-    # alpha above 0 so that the attention is read; gamma and eta 0 so that no video is masked
-    s = replace(run.settings, group_size=1, rollout_seed=run.settings.seed, alpha=1.0, gamma=0.0,
-                eta=0.0)
+    # alpha is above 0 so that the attention is read
+    s = replace(run.settings, group_size=1, rollout_seed=run.settings.seed, alpha=1.0)
     run = replace(run, settings=s)
     scores = []
     for group in sample_groups(run, prompts, HELD_OUT):

@@ -711,6 +711,7 @@ def test_appo_without_token_weights_is_dapo(toy, videos):
         log_probs = logits.log_softmax(-1).gather(-1, ids)[:, :, 0]
         log_probs = log_probs * group.rollout.response_mask
         assert_close(log_probs, group.rollout.log_probs, atol=1e-5)     # as sampled
+        return torch.ones_like(log_probs)
 
     for changes in dict(alpha=0), dict(weigh=no_weights), dict(rollout_seed=1), dict():
         run, metrics, _ = learn(toy, videos, **changes)
