@@ -50,7 +50,7 @@ from collections import Counter, defaultdict
 from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Callable, Iterator, Literal, Optional
+from typing import Callable, Iterator, Literal
 
 import numpy as np
 import torch
@@ -288,12 +288,12 @@ class Settings:
 
     Defaults are the paper's values. Settings left at None take the algorithm's value from PRESETS.
     """
-    model: Optional[str] = option(None, "model folder or hub name; default: the built-in model")
-    data: Optional[str] = option(None, "annotation files a.json,b.jsonl; default: built-in videos")
-    video_root: Optional[str] = option(None, "folder that the annotations' paths are relative to")
+    model: str | None = option(None, "model folder or hub name; default: the built-in model")
+    data: str | None = option(None, "annotation files a.json,b.jsonl; default: built-in videos")
+    video_root: str | None = option(None, "folder that the annotations' paths are relative to")
     skip_missing: bool = option(False, "train without the samples whose files are missing")
     toy_folder: str = option("runs/toy", "where the built-in videos and model are made, and reused")
-    output: Optional[str] = option(None, "run folder; default runs/ALGORITHM. An earlier run in it "
+    output: str | None = option(None, "run folder; default runs/ALGORITHM. An earlier run in it "
                                    "is moved aside")
     algorithm: Literal["appo", "dapo", "grpo", "papo_g", "papo_d"] = option("appo", "see PRESETS")
     # crucial frames and token weights (paper, section 3.2; supplement, A.1 and A.2)
@@ -304,16 +304,16 @@ class Settings:
     k1: int = option(15, "K1: tokens that a response's attention to a frame is averaged over")
     k2: int = option(3, "K2: frames that a response focuses on")
     k3: int = option(64, "K3: tokens that a response picks for each crucial frame")
-    alpha: Optional[float] = option(None, "alpha: weights are 1 + alpha * D; 0 turns them off")
+    alpha: float | None = option(None, "alpha: weights are 1 + alpha * D; 0 turns them off")
     attention_layers: int = option(3, "how many of the last layers' attention is read")
     # objective
     clip_low: float = option(0.2, "epsilon_low")
-    clip_high: Optional[float] = option(None, "epsilon_high: DAPO's clip-higher")
-    average: Optional[Literal["tokens", "responses"]] = option(
+    clip_high: float | None = option(None, "epsilon_high: DAPO's clip-higher")
+    average: Literal["tokens", "responses"] | None = option(
         None, "mean over the group's tokens, or over responses of each response's token mean")
-    kl_coef: Optional[float] = option(None, "beta: weight of the KL to the frozen start model")
-    gamma: Optional[float] = option(None, "gamma: weight of PAPO's perception loss")
-    eta: Optional[float] = option(None, "eta: weight of PAPO's entropy loss")
+    kl_coef: float | None = option(None, "beta: weight of the KL to the frozen start model")
+    gamma: float | None = option(None, "gamma: weight of PAPO's perception loss")
+    eta: float | None = option(None, "eta: weight of PAPO's entropy loss")
     # sampling and update
     group_size: int = option(8, "G: responses per prompt")
     prompts_per_step: int = option(16, "prompts per training step, over all processes")
@@ -347,13 +347,13 @@ class Settings:
     readers: int = option(2, "video decoding processes beside each training process")
     decode_timeout: float = option(60.0, "seconds after which a video counts as unreadable")
     # bookkeeping
-    eval_data: Optional[str] = option(None, "held-out annotations, scored before and after")
+    eval_data: str | None = option(None, "held-out annotations, scored before and after")
     eval_every: int = option(0, "also score them every so many steps; 0: never")
     save_every: int = option(100, "steps between checkpoints to resume from; 0: none")
     keep: int = option(2, "how many of those checkpoints stay")
     resume: bool = option(False, "continue from the newest checkpoint in --output")
     seed: int = option(0, "of the data order, sampling and masks")
-    rollout_seed: Optional[int] = option(None, "of sampling only; default --seed. Two runs that "
+    rollout_seed: int | None = option(None, "of sampling only; default --seed. Two runs that "
                                          "differ only in it show the noise between runs")
 
     def __post_init__(self):
