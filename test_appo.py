@@ -821,6 +821,8 @@ def test_learning_rate(schedule, expected):
     run = appo.Run(s, None, None, optimizer=optimizer)
     assert [appo.set_learning_rate(run, step, 4) for step in (1, 2, 3, 4)] == expected
     assert optimizer.param_groups[0]["lr"] == expected[-1]
+    # a linear schedule depends on the number of steps, so a resumed run must have the same
+    assert ("steps" in appo.may_differ(s)) == (schedule == "constant")
 
 
 # ----------------------------------------------------- training, with files, processes and signals
