@@ -51,6 +51,16 @@ from model_utils import RunError, printable
 DECODING = dict(temperature=0.1, top_p=0.001, top_k=1, repetition_penalty=1.05)
 
 
+@contextlib.contextmanager
+def explained(message: str):
+    """A folder that cannot be used is an error of one line."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RunError(f"{message} ({reason})") from None
+
+
 def load_model(name: str):
     _, _, device = model_utils.init_processes()
     return model_utils.load_model(name, device)
@@ -213,8 +223,8 @@ def score(options) -> None:
                           "prompt": data.prompt_text(sample, prompts[number]),
                           "seconds": round(seconds / len(responses), 4)}
                 new.append(record | data.score_response(response, sample))
-            file.writelines(json.dumps(record) + "\n" for record in new)
-            file.flush()
+            for record in new:
+                print(json.dumps(record), file=file, flush=True)
             records += new
     over_tasks = all(sample.overall == "tasks" for sample in samples)
     report_scores(output, settings, records, over_tasks)
@@ -356,12 +366,9 @@ FREE = {"seed", "rollout_seed", "output", "toy_folder", "resume"}    # may diffe
 
 def read_run(folder: Path) -> tuple[dict, dict]:
     """(settings, {metric: (steps,)}) of a run folder; nan at steps without the metric."""
-    try:
+    with explained(f"{folder}: no run of appo.py; give run folders"):
         settings = json.loads((folder / "config.json").read_text())["settings"]
         records = read_records(folder / "metrics.jsonl")
-    except (OSError, ValueError, KeyError):
-        raise RunError(f"{folder}: no run of appo.py (config.json and metrics.jsonl); "
-                       "give run folders") from None
     metrics = {}
     for name in CURVES:
         metrics[name] = np.array([record.get(name, np.nan) for record in records])
@@ -482,20 +489,10 @@ DESCRIBE = ("Describe this video in detail, in the order in which things happen:
             "seen, what they do, colours, numbers, places, positions and written words.")
 
 
-@contextlib.contextmanager
-def loading(name: str):
-    """A model folder that cannot be used is an error of one line."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise RunError(f"{name}: cannot be loaded ({reason}); give a model folder") from None
-
-
 def load_text_model(name: str):
     """An ordinary language model with a chat template."""
     _, _, device = model_utils.init_processes()
-    with loading(name):
+    with explained(f"{name}: no usable model; give a model folder"):
         pipeline = transformers.pipeline("text-generation", name, device=device,
                                          dtype=model_utils.compute_type(device))
     if pipeline.tokenizer.chat_template is None:
@@ -535,7 +532,7 @@ def decouple(options) -> None:
     """
     perceivers, reasoners = options.perception.split(","), options.reasoning.split(",")
     for name in reasoners:                      # a wrong name shows before the videos are described
-        with loading(name):
+        with explained(f"{name}: no usable model; give a model folder"):
             transformers.AutoConfig.from_pretrained(name)
     table = [["perception / reasoning", "videos", *reasoners]]
     with open(options.output, "w") as file:
@@ -550,10 +547,10 @@ def decouple(options) -> None:
                                                 s.max_new_tokens)
                     accuracy = data.accuracy_reward(response, samples[n])
                     accuracies.append(accuracy)
-                    file.write(json.dumps({
-                        "id": samples[n].id, "perception": perception, "reasoning": reasoning,
-                        "description": description, "response": response,
-                        "accuracy": accuracy}) + "\n")
+                    record = {"id": samples[n].id, "perception": perception,
+                              "reasoning": reasoning, "description": description,
+                              "response": response, "accuracy": accuracy}
+                    print(json.dumps(record), file=file)
                 row.append(np.mean(accuracies or [np.nan]))
             table.append(row)
     print_table(table)
@@ -736,7 +733,7 @@ def random_model(folder: str | None):
             depth=8, hidden_size=256, num_heads=4, intermediate_size=704, out_hidden_size=512,
             fullatt_block_indexes=[3, 7]))
     else:
-        with loading(folder):
+        with explained(f"{folder}: no usable model; give a model folder"):
             config = transformers.AutoConfig.from_pretrained(folder)
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     if config.model_type != "qwen2_5_vl":
@@ -893,9 +890,9 @@ def throughput(options) -> None:
         if name not in appo.PRESETS:
             raise RunError(f"--algorithms {name}: choose among {', '.join(appo.PRESETS)}")
     columns += [PLAIN] if options.against_plain else []
-    result = {"device": f"CPU, {torch.get_num_threads()} threads", "torch": torch.__version__}
-    if torch.cuda.is_available():
-        result["device"] = torch.cuda.get_device_name()
+    cuda = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    result = {"device": device, "torch": torch.__version__}
     print(f"{result}; the plain way's rollout includes embed, and its optimizer is SGD")
     for new_tokens in options.new_tokens:
         steps = {column: defaultdict(list) for column in columns}

@@ -1905,7 +1905,8 @@ def test_evaluation_decoding_equals_generate(toy, penalty):
     decoding = evaluate.DECODING | {"repetition_penalty": penalty, "do_sample": True}
     for prompt, rollout in zip(prompts, rollouts):
         expected = generate(plain, prompt, rollout.prompt, max_new_tokens=20, **decoding)
-        assert rollout.response_ids[rollout.response_mask].equal(expected[0])
+        response = expected.sequences[0, len(prompt.input_ids):]
+        assert rollout.response_ids[rollout.response_mask].equal(response)
 
 
 def test_tables_by_hand(tmp_path):
@@ -2182,19 +2183,14 @@ def test_decouple_command(toy, tmp_path, capsys):
 
 # ---- the plain way
 
-def generate(plain, prompt: data.Prompt, encoded: model_utils.EncodedPrompt, group_size=1,
-             **options):
-    """transformers' own `generate`, with our positions -> what follows the prompt, or its dict."""
-    P = len(prompt.input_ids)
-    ids = prompt.input_ids.expand(group_size, P)
-    output = plain.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids),
+def generate(plain, prompt, encoded, group_size=1, **options):
+    """transformers' own `generate`, with our positions."""
+    ids = prompt.input_ids.expand(group_size, -1)
+    return plain.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), return_dict_in_generate=True,
         pixel_values_videos=prompt.patches.repeat(group_size, 1),
         video_grid_thw=torch.tensor(prompt.video_grids * group_size),
-        position_ids=encoded.positions[:, None].expand(3, group_size, P), **options)
-    if isinstance(output, Tensor):
-        return output[:, P:]
-    return output.sequences[:, P:], output.attentions
+        position_ids=encoded.positions[:, None].expand(3, *ids.shape), **options)
 
 
 def test_plain_way_gives_our_numbers(toy):
@@ -2223,45 +2219,38 @@ def test_plain_way_gives_our_numbers(toy):
 
 def test_readme_snippet_gives_our_weights(toy):
     """Responses of transformers' `generate`: W of the README's code for other trainers equals W of
-    the attention that `generate` returned and of logits of transformers' own forward pass."""
+    the attention and the logits that `generate` returned."""
     text = Path(evaluate.__file__).with_name("README.md").read_text()
     snippet, = re.findall(r"```python\n(# appo in another trainer\n.*?)```", text, re.DOTALL)
     model, tokenizer = evaluate.load_model(str(toy / "model"))
-    plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        toy / "model", attn_implementation="eager").eval()
+    plain = plain_twin(model, "eager")
     sample, *_ = data.load_samples(toy / "test.json")
     visual = data.read_visual(sample, fps=1, max_frames=16, min_pixels=3136, max_pixels=3136)
     prompt = data.build_prompt(sample, visual, tokenizer)
     encoded, = model_utils.encode_prompts(model, [prompt])
-    excluded = model_utils.excluded_token_ids(plain)
+    excluded = model_utils.excluded_token_ids(model)
     torch.manual_seed(0)
-    ids, attentions = generate(
+    output = generate(
         plain, prompt, encoded, group_size=8, max_new_tokens=18, do_sample=True, top_k=0,
-        suppress_tokens=excluded.tolist(), output_attentions=True, return_dict_in_generate=True)
-    ends = torch.isin(ids, model_utils.end_token_ids(plain))                    # (G, R)
+        eos_token_id=tokenizer.eos_token_id, suppress_tokens=excluded.tolist(),
+        output_attentions=True, output_logits=True)
+    ids = output.sequences[:, len(prompt.input_ids):]                           # (G, R)
+    ends = ids == tokenizer.eos_token_id
     mask = ends.cumsum(1) - ends.long() == 0                                    # the end token too
-    names = dict(sample=sample, visual=visual, tokenizer=tokenizer,
-                 model=Qwen2_5_VLForConditionalGeneration.from_pretrained(toy / "model").eval(),
-                 responses=[row[real].tolist() for row, real in zip(ids, mask)])
+    responses = [row[real].tolist() for row, real in zip(ids, mask)]
+    names = dict(sample=sample, visual=visual, tokenizer=tokenizer, responses=responses,
+                 model=plain_twin(model, "sdpa"))
     exec(snippet, names)
 
-    G, R = ids.shape
-    after = encoded.next_position + torch.arange(R).expand(3, G, R)
-    positions = torch.cat([encoded.positions[:, None].expand(3, G, -1), after], 2)
-    with torch.no_grad():
-        logits = plain(input_ids=torch.cat([prompt.input_ids.expand(G, -1), ids], 1),
-                       pixel_values_videos=prompt.patches.repeat(G, 1),
-                       video_grid_thw=torch.tensor(prompt.video_grids * G),
-                       position_ids=positions, use_cache=False).logits[:, -R - 1:-1]
-    logits = logits.index_fill(-1, excluded, -INF)
-    attention = model_utils.pool_attention(attentions, prompt.frame_of_token)   # (G, R, F)
-    accuracy = [data.task_reward(tokenizer.decode(row[real], skip_special_tokens=True),
-                                 sample)[1] for row, real in zip(ids, mask)]
-    crucial = appo.crucial_frames(attention, mask, torch.tensor(accuracy))
+    attention = model_utils.pool_attention(output.attentions, prompt.frame_of_token)    # (G, R, F)
+    logits = torch.stack(output.logits, 1).index_fill(-1, excluded, -INF)               # (G, R, V)
+    texts = [tokenizer.decode(response, skip_special_tokens=True) for response in responses]
+    accuracy = torch.tensor([data.accuracy_reward(text, sample) for text in texts])
+    crucial = appo.crucial_frames(attention, mask, accuracy)
     weights = appo.perception_token_weights(attention, logits, mask, crucial)
-    assert 0 < sum(accuracy) < G and weights.max() > 1.5
+    assert 0 < accuracy.sum() < 8 and weights.max() > 1.5 and len(set(texts)) > 2
     assert_close(names["weights"], weights, rtol=0, atol=1e-5)
-    assert names["token_advantages"].shape == (G, R)
+    assert names["token_advantages"].shape == ids.shape
 
 
 def test_throughput_command(toy, tmp_path, capsys):
