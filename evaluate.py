@@ -323,8 +323,8 @@ def attention(options) -> None:
         real = group.rollout.response_mask[shown]
         ids = group.rollout.response_ids[shown, real].tolist()
         words = [printable(tokenizer.decode([token])) for token in ids]
-        title = (f"{name}\n{printable(textwrap.shorten(sample.question, 90))}\nanswer "
-                 f"{sample.answer}; accuracy (sampled): this response "
+        question = printable(textwrap.shorten(sample.question, 90))
+        title = (f"{name}\n{question}\nanswer {sample.answer}; accuracy (sampled): this response "
                  f"{group.accuracy[shown]:.2f}, its group {group.accuracy.mean():.2f}")
         values = group.rollout.frame_attention[shown, real].cpu().numpy()              # (R, F)
         panels.append((title, words, values, group))
@@ -814,8 +814,8 @@ def plain_training_step(run: appo.Run, groups: list[appo.Group]) -> float:
 
     Returns the largest difference between its numbers and those of our rollout.
     """
+    run.lap("before")
     run.seconds.clear()
-    run.last_lap = time.perf_counter()
     differences = []
     for group in groups:
         log_probs, frame_attention = plain_step(run, group, 1 / len(groups))
@@ -850,8 +850,7 @@ def measure_step(options, new_tokens: int, column: str) -> dict:
     if column == PLAIN:
         if s.gradient_checkpointing:
             model_utils.recompute_activations(model.model.language_model)
-        prompts, _ = data.build_prompts(batch, tokenizer, s.max_prompt_tokens)
-        groups = scored_groups(run, prompts)
+        groups, _ = appo.collect_groups(run, itertools.repeat(batch))
         for _ in range(2):
             figures["difference"] = plain_training_step(run, groups)
     else:

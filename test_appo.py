@@ -2087,24 +2087,21 @@ def test_score_continues_where_it_stopped(toy, tmp_path, capsys):
     accuracy = np.array([record["accuracy"] for record in scored])
     summary = json.loads((a / "summary.json").read_text())
     assert summary["results"]["all"].items() >= dict(n=5, accuracy=accuracy.mean()).items()
-    assert accuracy.any() and summary["seconds"] > 0 and summary["prompt"] == whole[0]["prompt"]
-    assert summary["overall"] == "mean over questions"
-    assert summary["settings"].items() >= dict(max_new_tokens=18,
-                                               decoding=evaluate.DECODING).items()
+    assert summary["prompt"] == whole[0]["prompt"] and summary["overall"] == "mean over questions"
+    assert accuracy.any() and summary["seconds"] > 0
+    assert summary["settings"]["decoding"] == evaluate.DECODING
     responses.write_bytes(b"".join(lines[:3]) + lines[3][:20])             # killed while writing
     measure(capsys, *command)
     for record, again in zip(whole, json_lines(responses), strict=True):
         assert record | {"seconds": 0} == again | {"seconds": 0}
     assert "another max_frames" in refusal(capsys, *command, "--max_frames", 8)
     b.mkdir()
-    correct = np.array([1.0, 0.0, 0.0, 0.0, 0.0])
-    for record, value in zip(scored, correct):
-        with open(b / "responses.jsonl", "a") as file:
-            file.write(json.dumps(record | {"accuracy": value}) + "\n")
+    reversed_lines = [json.dumps(record | {"accuracy": 0.5}) + "\n" for record in scored[::-1]]
+    (b / "responses.jsonl").write_text("".join(reversed_lines))
     text = measure(capsys, "compare", a, b)
-    low, high = evaluate.bootstrap_interval(correct - accuracy)
-    assert f"{(correct - accuracy).mean():+.3f}, 95% interval {low:+.3f} to {high:+.3f}" in text
-    assert "5 common" in text
+    low, high = evaluate.bootstrap_interval(0.5 - accuracy)
+    assert f"{0.5 - accuracy.mean():+.3f}, 95% interval {low:+.3f} to {high:+.3f}" in text
+    assert f"A {accuracy.mean():.3f}, B 0.500" in text and "5 common" in text
 
 
 def test_commands_refuse_in_one_line(toy, tmp_path, capsys, monkeypatch):
