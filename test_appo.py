@@ -1892,6 +1892,17 @@ def toy_prompts(toy, tokenizer, numbers) -> list[data.Prompt]:
 
 # ---- decoding and tables
 
+def test_evaluation_decoding_by_hand():
+    """Tokens of the prompt and of the response count, for each row only its own."""
+    prompts = [model_utils.EncodedPrompt(torch.tensor(ids), None, 0, None, None, None, 0)
+               for ids in ([0, 3], [0, 1])]
+    choose = evaluate.evaluation_decoding(prompts, 4, penalty=2.0)
+    logits = torch.tensor([[2.0, 1.5, 0.0, 0.0], [-1.0, -1.5, -1.9, -INF]])
+    # 2 / 2 < 1.5 and -1 * 2 < -1.9; with the responses 1.5 / 2 < 2 / 2 and -1.9 * 2 < -1 * 2
+    assert choose(logits, torch.empty(2, 0, dtype=torch.long)).tolist() == [1, 2]
+    assert choose(logits, torch.tensor([[1], [2]])).tolist() == [0, 0]
+
+
 @pytest.mark.parametrize("penalty", [1.05, 1.5])
 def test_evaluation_decoding_equals_generate(toy, penalty):
     """With the settings of the supplement; prompts of several lengths decode together."""
@@ -2246,6 +2257,8 @@ def test_readme_snippet_gives_our_weights(toy):
     crucial = appo.crucial_frames(attention, mask, accuracy)
     weights = appo.perception_token_weights(attention, logits, mask, crucial)
     assert 0 < accuracy.sum() < 8 and weights.max() > 1.5 and len(set(texts)) > 2
+    assert_close(names["attention"], attention * mask[:, :, None], rtol=0, atol=1e-6)
+    assert names["crucial"].equal(crucial)
     assert_close(names["weights"], weights, rtol=0, atol=1e-5)
     assert names["token_advantages"].shape == ids.shape
 
