@@ -15,10 +15,12 @@ their default is the built-in task. Tables and figures are the paper's supplemen
 that of responses sampled at --temperature, as in training, everywhere else.
 """
 import argparse
+import contextlib
 import functools
 import io
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -27,10 +29,10 @@ import time
 from collections import Counter, defaultdict
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, replace
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable
 
 import numpy as np
 import torch
@@ -49,25 +51,38 @@ from model_utils import RunError, printable
 DECODING = dict(temperature=0.1, top_p=0.001, top_k=1, repetition_penalty=1.05)
 
 
+@contextlib.contextmanager
+def explained(message: str):
+    """A folder that cannot be used is an error of one line."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RunError(f"{message} ({reason})") from None
+
+
 def load_model(name: str):
     _, _, device = model_utils.init_processes()
     return model_utils.load_model(name, device)
 
 
-def load_samples(s: appo.Settings, benchmark: str | None = None) -> list[data.Sample]:
-    """The samples of --data. Missing videos are listed, and are an error unless --skip_missing."""
+def read_task(arguments: list[str], benchmark: str | None = None):
+    """(settings, samples) by appo.py's options; without --data the built-in task's held-out
+    questions. Missing videos are listed, and are an error unless --skip_missing."""
+    s = appo.parse_settings(arguments, "evaluate.py")
+    appo.prepare_built_in(s)
+    s.data = s.eval_data or s.data
     samples = data.load_samples(s.data, s.video_root, benchmark)
-    return data.with_files(samples, s.data, s.skip_missing)
+    return s, data.with_files(samples, s.data, s.skip_missing)
 
 
-def read_prompts(samples: list[data.Sample], tokenizer, s: appo.Settings,
-                 label: str) -> Iterator[tuple[dict, list]]:
-    """(prompts by number of the sample, records of skipped ones), `rollout_groups` at a time."""
+def read_prompts(samples: list[data.Sample], tokenizer, s: appo.Settings):
+    """Yields (prompts by number of the sample, records of skipped ones), `rollout_groups` each."""
     numbered = list(enumerate(samples))
     starts = range(0, len(samples), s.rollout_groups)
     batches = [dict(numbered[start:start + s.rollout_groups]) for start in starts]
     with appo.open_reader(s) as reader:
-        for batch in tqdm(data.read_ahead(reader, batches), label, len(batches)):
+        for batch in tqdm(data.read_ahead(reader, batches), total=len(batches)):
             yield data.build_prompts(batch, tokenizer, s.max_prompt_tokens)
 
 
@@ -94,25 +109,31 @@ def evaluation_decoding(prompts: list, vocabulary: int,
     return choose
 
 
-def respond(model, tokenizer, prompts: list[data.Prompt], s: appo.Settings) -> list[str]:
-    """A greedy response to each prompt, by evaluation decoding."""
+def respond(model, tokenizer, prompts: dict[int, data.Prompt], s: appo.Settings):
+    """{number: greedy response} to prompts by number, by evaluation decoding."""
     if not prompts:
-        return []
-    encoded = model_utils.encode_prompts(model, prompts)
+        return {}
+    encoded = model_utils.encode_prompts(model, list(prompts.values()))
     choose = evaluation_decoding(encoded, model.config.text_config.vocab_size)
-    uniforms = torch.zeros(len(prompts), 1, s.max_new_tokens, dtype=torch.float64)   # not used
-    rollouts = model_utils.rollout(model, encoded, uniforms, attention_layers=0, choose=choose,
+    not_used = torch.zeros(len(prompts), 1, s.max_new_tokens)
+    rollouts = model_utils.rollout(model, encoded, not_used, attention_layers=0, choose=choose,
                                    cuda_graph=s.cuda_graph)
-    if not all(rollout.log_probs.isfinite().all() for rollout in rollouts):
-        raise RunError(f"{s.model}: its logits are not finite; its weights are damaged")
-    responses = [rollout.response_ids[rollout.response_mask] for rollout in rollouts]
-    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
+    responses = {}
+    for number, rollout in zip(prompts, rollouts):
+        if not rollout.log_probs.isfinite().all():
+            raise RunError(f"{s.model}: its logits are not finite; its weights are damaged")
+        ids = rollout.response_ids[rollout.response_mask]
+        responses[number] = tokenizer.decode(ids, skip_special_tokens=True)
+    return responses
 
 
 # ------------------------------------------------------------------------------- benchmark scores
 
 COLUMNS = {"accuracy": "accuracy (greedy)", "format": "format", "iou": "mIoU", "iop": "mIoP",
            "acc_gqa": "Acc@GQA"}
+# What responses depend on. A run that was stopped continues only with the same.
+FIXED = ("model", "data", "fps", "max_frames", "min_pixels", "max_pixels", "max_new_tokens",
+         "max_prompt_tokens", "seed")
 
 
 def means(records: list[dict]) -> dict:
@@ -125,23 +146,24 @@ def means(records: list[dict]) -> dict:
     return row
 
 
-def summarise(records: list[dict], overall: str = "questions") -> dict[str, dict]:
-    """{group: {n, accuracy, ...}, ..., "all": ...}; "all" is the mean over questions, or tasks.
-
-    overall="tasks" is VSI-Bench's overall number: the mean over the tasks, after the three levels
-    of object_rel_direction are averaged to a single task.
-    Example: means 0.2, 0.4, 0.9 of the three levels, 0.7 of another task -> (0.5 + 0.7) / 2 = 0.6.
-    """
-    groups, tasks = defaultdict(list), defaultdict(list)
+def means_by_group(records: list[dict]) -> dict[str, dict]:
+    groups = defaultdict(list)
     for record in records:
         groups[record["group"]].append(record)
-    table = {group: means(groups[group]) for group in sorted(groups)}
+    return {group: means(groups[group]) for group in sorted(groups)}
+
+
+def mean_over_tasks(table: dict[str, dict]) -> dict:
+    """VSI-Bench's overall number: the mean over the tasks, after the three levels of
+    object_rel_direction are averaged to a single task.
+
+    Example: means 0.2, 0.4, 0.9 of the three levels, 0.7 of another task -> (0.5 + 0.7) / 2 = 0.6.
+    """
+    rows = []
     for group, row in table.items():
-        tasks[re.sub("^(object_rel_direction)_.*", r"\1", group)].append(row)
-    table["all"] = means(records)
-    if overall == "tasks":
-        table["all"] |= means([means(levels) for levels in tasks.values()]) | {"n": len(records)}
-    return table
+        task = re.sub("^(object_rel_direction)_.*", r"\1", group)
+        rows.append(row | {"group": task})
+    return means(list(means_by_group(rows).values()))
 
 
 def print_table(rows: list[list]) -> None:
@@ -149,10 +171,9 @@ def print_table(rows: list[list]) -> None:
     cells = []
     for row in rows:
         cells.append([f"{x:.3f}" if isinstance(x, float) else printable(str(x)) for x in row])
-    first, *widths = [max(map(len, column)) for column in zip(*cells)]
-    for name, *values in cells:
-        values = [value.rjust(width) for value, width in zip(values, widths)]
-        print(name.ljust(first), *values, sep="  ")
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for row in cells:
+        print(*map(str.ljust, row, widths), sep="  ")
 
 
 def read_records(path: Path) -> list[dict]:
@@ -175,55 +196,58 @@ def open_scores(output: Path, settings: dict) -> list[dict]:
 
 
 def score(options) -> None:
-    """Benchmark scores of greedy responses.
+    """Benchmark scores of greedy responses, by appo.py's options.
 
-    Every response is written as it comes; the same command continues a run that was stopped.
+    The options of the video must be those of the training: above all --max_frames, then --fps,
+    --min_pixels and --max_pixels. Every response is written as it comes; the same command
+    continues a run that was stopped.
     """
-    s, output = settings_of(options.rest), Path(options.output)
-    samples = load_samples(s, options.benchmark)
+    s, samples = read_task(options.rest, options.benchmark)
     model, tokenizer = load_model(s.model)
     settings = {"benchmark": options.benchmark, "decoding": DECODING}
-    for name in ("model", "data", "fps", "max_frames", "min_pixels", "max_pixels",
-                 "max_new_tokens", "max_prompt_tokens", "seed"):
-        settings[name] = getattr(s, name)
+    settings |= {name: getattr(s, name) for name in FIXED}
+    output = Path(options.output)
     records = open_scores(output, settings)
     done = {record["id"] for record in records}
     to_do = [sample for sample in samples if sample.id not in done]
     with open(output / "responses.jsonl", "a") as file:
-        for prompts, skipped in read_prompts(to_do, tokenizer, s, "score"):
-            started = time.perf_counter()
-            texts = respond(model, tokenizer, list(prompts.values()), s)
-            seconds = (time.perf_counter() - started) / max(len(texts), 1)
+        for prompts, skipped in read_prompts(to_do, tokenizer, s):
             new = [{"id": record["id"], "skipped": record["reason"]} for record in skipped]
-            for prompt, text in zip(prompts.values(), texts):
-                sample = prompt.sample
-                new.append({
-                    "id": sample.id, "group": sample.group, "question": sample.question,
-                    "answer": sample.answer, "prompt": data.prompt_text(sample, prompt),
-                    "response": text, "seconds": round(seconds, 4),
-                    **data.score_response(text, sample)})
-            file.writelines(json.dumps(record) + "\n" for record in new)
-            file.flush()
+            started = time.perf_counter()
+            responses = respond(model, tokenizer, prompts, s)
+            seconds = time.perf_counter() - started
+            for number, response in responses.items():
+                sample = prompts[number].sample
+                record = {"id": sample.id, "group": sample.group, "question": sample.question,
+                          "answer": sample.answer, "response": response,
+                          "prompt": data.prompt_text(sample, prompts[number]),
+                          "seconds": round(seconds / len(responses), 4)}
+                new.append(record | data.score_response(response, sample))
+            for record in new:
+                print(json.dumps(record), file=file, flush=True)
             records += new
-    report_scores(output, settings, records, {sample.overall for sample in samples})
+    over_tasks = all(sample.overall == "tasks" for sample in samples)
+    report_scores(output, settings, records, over_tasks)
 
 
-def report_scores(output: Path, settings: dict, records: list[dict], overall: set[str]) -> None:
+def report_scores(output: Path, settings: dict, records: list[dict], over_tasks: bool) -> None:
     """Write summary.json and print the table."""
     scored = [record for record in records if "skipped" not in record]
     skipped = [record for record in records if "skipped" in record]
     if not scored:
         raise RunError(f"no sample could be read, the first: {skipped[0]['skipped']}")
-    over = "tasks" if overall == {"tasks"} else "questions"
-    table = summarise(scored, over)
-    summary = {"settings": settings, "overall": f"mean over {over}", "results": table,
-               "skipped": skipped, "prompt": scored[0]["prompt"],
-               "seconds": sum(record["seconds"] for record in scored), "torch": torch.__version__}
+    table = means_by_group(scored)
+    overall = mean_over_tasks(table) if over_tasks else means(scored)
+    table["all"] = overall | {"n": len(scored)}
+    summary = {"settings": settings, "results": table, "skipped": skipped,
+               "overall": "mean over tasks" if over_tasks else "mean over questions",
+               "prompt": scored[0]["prompt"], "torch": torch.__version__,
+               "seconds": sum(record["seconds"] for record in scored)}
     (output / "summary.json").write_text(json.dumps(summary, indent=1))
-    names = [name for name in COLUMNS if name in table["all"]]
-    rows = [["group", "n", *(COLUMNS[name] for name in names)]]
+    names = ["n", *(name for name in COLUMNS if name in overall)]
+    rows = [["group", *(COLUMNS.get(name, name) for name in names)]]
     for group, row in table.items():
-        rows.append([group or "-", row["n"], *(row.get(name, "") for name in names)])
+        rows.append([group or "-", *(row.get(name, "") for name in names)])
     print_table(rows)
     print(f"skipped {len(skipped)} of {len(records)}")
     for record in skipped[:10]:
@@ -231,33 +255,35 @@ def report_scores(output: Path, settings: dict, records: list[dict], overall: se
     print(f"responses, settings and results: {output}")
 
 
-def bootstrap_interval(differences: np.ndarray, seed: int = 0,
-                       resamples: int = 10_000) -> tuple[float, float]:
+def bootstrap_interval(differences: np.ndarray) -> tuple[float, float]:
     """95% interval of the mean of paired differences (n,): percentiles of resampled means."""
-    rng, n = np.random.default_rng(seed), len(differences)
+    rng, n = np.random.default_rng(0), len(differences)
     blocks = []
-    for _ in range(resamples // 100):                   # in blocks, for speed and little memory
+    for _ in range(100):                                # in blocks, for speed and little memory
         blocks.append(differences[rng.integers(n, size=(100, n))].mean(1))
     low, high = np.percentile(np.concatenate(blocks), [2.5, 97.5])
     return float(low), float(high)
 
 
+def read_accuracy(folder: str) -> dict[tuple, float]:
+    """{(id, question): accuracy} of the responses that `score` has written."""
+    path = Path(folder) / "responses.jsonl"
+    if not path.is_file():
+        raise RunError(f"{path}: no such file; give a folder written by `evaluate.py score`")
+    scored = [record for record in read_records(path) if "accuracy" in record]
+    return {(record["id"], record["question"]): record["accuracy"] for record in scored}
+
+
 def compare(options) -> None:
     """Greedy accuracy of B minus that of A, over the questions that both have answered."""
-    answers = []
-    for folder in (options.first, options.second):
-        path = Path(folder) / "responses.jsonl"
-        if not path.is_file():
-            raise RunError(f"{path}: no such file; give a folder written by `evaluate.py score`")
-        scored = [record for record in read_records(path) if "accuracy" in record]
-        answers.append({(r["id"], r["question"]): r["accuracy"] for r in scored})
-    common = sorted(answers[0].keys() & answers[1].keys())
+    of_first, of_second = read_accuracy(options.first), read_accuracy(options.second)
+    common = [key for key in of_first if key in of_second]
     if not common:
         raise RunError("the folders have no question in common; score the same --data")
-    a, b = [np.array([accuracy[key] for key in common]) for accuracy in answers]
+    a = np.array([of_first[key] for key in common])
+    b = np.array([of_second[key] for key in common])
     low, high = bootstrap_interval(b - a)
-    print_table([["", COLUMNS["accuracy"]], [options.first, float(a.mean())],
-                 [options.second, float(b.mean())]])
+    print(f"{COLUMNS['accuracy']}: A {a.mean():.3f}, B {b.mean():.3f}")
     print(f"difference {(b - a).mean():+.3f}, 95% interval {low:+.3f} to {high:+.3f} (paired "
           f"bootstrap over {len(common)} common questions)")
 
@@ -270,36 +296,57 @@ def save_figure(figure, output: str) -> None:
     print(f"drawn: {output}")
 
 
-def reading_run(s: appo.Settings, model, tokenizer) -> appo.Run:
-    """For sampling only; at alpha 0 attention would not be read."""
-    return appo.Run(replace(s, alpha=1.0), model, tokenizer)
-
-
 def scored_groups(run: appo.Run, prompts: dict[int, data.Prompt]) -> list[appo.Group]:
     """Groups of G responses by the training's own rollout, scored, with crucial frames."""
+    run = replace(run, settings=replace(run.settings, alpha=1.0))   # at 0 attention is not read
     groups = appo.sample_groups(run, prompts)
     for group in groups:
         appo.score_group(run, group)
     return groups
 
 
+def attention(options) -> None:
+    """What each token of a sampled response attends to, and the crucial frames of its group."""
+    s, samples = read_task(options.rest)
+    with_video = [sample for sample in samples if sample.video]
+    matching = [sample for sample in with_video if f":{sample.id}".endswith(f":{options.sample}")]
+    if not matching:
+        raise RunError(f"--sample {options.sample}: {s.data} has no such record with a video; "
+                       "count from 0")
+    sample, panels = matching[0], []
+    for name in [s.model, *options.model2]:
+        model, tokenizer = load_model(name)
+        with appo.open_reader(s) as reader:
+            prompt = data.build_prompt(sample, reader.submit(sample).result(), tokenizer)
+        group, = scored_groups(appo.Run(s, model, tokenizer), {0: prompt})
+        shown = int(group.accuracy.argmax())                # the first of the best responses
+        real = group.rollout.response_mask[shown]
+        ids = group.rollout.response_ids[shown, real].tolist()
+        words = [printable(tokenizer.decode([token])) for token in ids]
+        question = printable(textwrap.shorten(sample.question, 90))
+        title = (f"{name}\n{question}\nanswer {sample.answer}; accuracy (sampled): this response "
+                 f"{group.accuracy[shown]:.2f}, its group {group.accuracy.mean():.2f}")
+        values = group.rollout.frame_attention[shown, real].cpu().numpy()              # (R, F)
+        panels.append((title, words, values, group))
+    draw_attention(panels, options.output)
+
+
 def draw_attention(panels: list[tuple], output: str) -> None:
-    """Fig. A, C, F. Of each (title, group, number of the response, its words): frames by tokens."""
+    """Fig. A, C, F: of each (title, words, attention (R, F), group), frames by tokens."""
     from matplotlib.figure import Figure
-    prompt = panels[0][1].prompt
-    F, R = prompt.num_frames, max(len(words) for *_, words in panels)
+    prompt = panels[0][-1].prompt
+    F, R = prompt.num_frames, max(len(words) for _, words, *_ in panels)
     # the first of the two sampled frames that the vision tower merges stands for both
     frames = data.patches_to_frames(prompt.patches, prompt.video_grids[0])[::2]    # (F, 3, h, w)
-    strip = frames.permute(2, 0, 3, 1).flatten(1, 2).numpy()                        # (h, F * w, 3)
-    width, height = max(4.5, 0.55 * F), 0.17 * R + 0.4                              # inches
-    strip_height = width * strip.shape[0] / strip.shape[1]
-    figure = Figure((len(panels) * (width + 1), strip_height + height + 1), layout="constrained")
-    axes = figure.subplots(2, len(panels), squeeze=False, height_ratios=[strip_height, height])
-    for (title, group, shown, words), (above, below) in zip(panels, axes.T):
+    strip = frames.permute(2, 0, 3, 1).flatten(1, 2).numpy()                       # (h, F * w, 3)
+    width = max(4.5, 0.55 * F)                                                     # inches
+    heights = [width * strip.shape[0] / strip.shape[1], 0.17 * R + 0.4]
+    figure = Figure((len(panels) * (width + 1), sum(heights) + 1), layout="constrained")
+    axes = figure.subplots(2, len(panels), squeeze=False, height_ratios=heights)
+    for (title, words, values, group), (above, below) in zip(panels, axes.T):
         above.imshow(strip, extent=(-0.5, F - 0.5, 0, 1), aspect="auto")
         above.axis("off")
         above.set_title(title, fontsize=8, parse_math=False)
-        values = group.rollout.frame_attention[shown, :len(words)].cpu().numpy()    # (R, F)
         image = below.imshow(values, aspect="auto", cmap="Blues", vmin=0)
         for f in group.crucial.nonzero().flatten().tolist():
             for axis in (above, below):
@@ -310,51 +357,18 @@ def draw_attention(panels: list[tuple], output: str) -> None:
     save_figure(figure, output)
 
 
-def attention(options) -> None:
-    """What each token of a sampled response attends to, and the crucial frames of its group."""
-    s = settings_of(options.rest)
-    samples = {}
-    for sample in load_samples(s):
-        samples[sample.id] = sample
-        samples.setdefault(sample.id.rpartition(":")[2], sample)
-    sample = samples.get(options.sample)
-    if sample is None or sample.video is None:
-        raise RunError(f"--sample {options.sample}: {s.data} has no such record with a video; "
-                       "count from 0")
-    panels = []
-    for name in [s.model, *options.model2]:
-        s = settings_of([*options.rest, "--model", name])
-        model, tokenizer = load_model(name)
-        with appo.open_reader(s) as reader:
-            prompt = data.build_prompt(sample, reader.submit(sample).result(), tokenizer)
-        group, = scored_groups(reading_run(s, model, tokenizer), {0: prompt})
-        correct = group.accuracy >= s.threshold
-        shown = int(correct.int().argmax())            # the first correct response, else the first
-        ids = group.rollout.response_ids[shown][group.rollout.response_mask[shown]]
-        words = [printable(tokenizer.decode([token])) for token in ids.tolist()]
-        title = (f"{name}\n{printable(textwrap.shorten(sample.question, 90))}\nanswer "
-                 f"{sample.answer}; accuracy (sampled): this response "
-                 f"{group.accuracy[shown]:.2f}, its group {group.accuracy.mean():.2f}")
-        panels.append((title, group, shown, words))
-    draw_attention(panels, options.output)
-
-
 # ------------------------------------------------------------------------------ curves of training
 
 CURVES = {"accuracy": "accuracy (sampled)", "reward": "reward", "entropy": "entropy",
           "grad_norm": "gradient norm", "response_length": "response length"}
-FREE = ("seed", "rollout_seed", "output", "toy_folder", "resume")    # may differ among seeds
-PATHS = ("model", "data", "eval_data", "video_root")                 # so may all but the last name
+FREE = {"seed", "rollout_seed", "output", "toy_folder", "resume"}    # may differ among seeds
 
 
 def read_run(folder: Path) -> tuple[dict, dict]:
     """(settings, {metric: (steps,)}) of a run folder; nan at steps without the metric."""
-    try:
+    with explained(f"{folder}: no run of appo.py; give run folders"):
         settings = json.loads((folder / "config.json").read_text())["settings"]
         records = read_records(folder / "metrics.jsonl")
-    except (OSError, ValueError, KeyError):
-        raise RunError(f"{folder}: no run of appo.py (config.json and metrics.jsonl); "
-                       "give run folders") from None
     metrics = {}
     for name in CURVES:
         metrics[name] = np.array([record.get(name, np.nan) for record in records])
@@ -364,21 +378,19 @@ def read_run(folder: Path) -> tuple[dict, dict]:
 def label_runs(runs: list[dict]) -> list[str]:
     """A label for each run, from its settings; seeds of the same run share a label.
 
-    They are runs whose settings are equal, but for FREE and all but the last name of PATHS. The
+    They are runs whose settings are equal, but for FREE and the folders in which files lie. The
     label has the algorithm, and what differs among the runs and is not the algorithm's default.
     Example: appo, appo with k2 = 5 and dapo -> "appo", "appo, k2 5", "dapo".
     """
-    runs = [run | {name: Path(str(run.get(name))).name for name in PATHS} for run in runs]
-    names = sorted({name for run in runs for name in run} - {"algorithm", *FREE})
-    differing = [name for name in names if len({str(run.get(name)) for run in runs}) > 1]
-    labels = []
-    for run in runs:
-        default = asdict(appo.Settings.of(run["algorithm"]))
-        words = [run["algorithm"]]
-        for name in differing:
-            if run.get(name) != default.get(name):
-                words.append(f"{name} {run.get(name)}")
-        labels.append(", ".join(words))
+    labels = [run["algorithm"] for run in runs]
+    for name in sorted(set().union(*runs) - FREE - {"algorithm"}):
+        values = [Path(str(run.get(name))).name for run in runs]
+        if len(set(values)) == 1:
+            continue
+        for i, run in enumerate(runs):
+            default = getattr(appo.Settings.of(run["algorithm"]), name, None)
+            if run.get(name) != default:
+                labels[i] += f", {name} {values[i]}"
     return labels
 
 
@@ -391,15 +403,16 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 def curves(options) -> None:
     """Metrics over the training steps; of the seeds of a run, mean and standard deviation."""
     folders = [Path(name) for name in options.runs]
-    if len(folders) > 1:                                # runs/* also holds the built-in task
-        folders = [folder for folder in folders if (folder / "metrics.jsonl").exists()]
-    runs = [read_run(folder) for folder in folders]
+    # runs/* also holds the built-in task
+    runs = [read_run(folder) for folder in folders if (folder / "metrics.jsonl").exists()]
+    labels = label_runs([settings for settings, _ in runs])
     seeds = defaultdict(list)
-    for label, (_, metrics) in zip(label_runs([settings for settings, _ in runs]), runs):
+    for label, (_, metrics) in zip(labels, runs):
         if len(metrics["accuracy"]):
             seeds[label].append(metrics)
     if not seeds:
-        raise RunError("no run with a finished step; give run folders of appo.py")
+        raise RunError(f"{', '.join(options.runs)}: no run with a finished step; give run folders "
+                       "of appo.py")
     draw_curves(seeds, options.smooth, options.output)
 
 
@@ -410,8 +423,8 @@ def draw_curves(runs: dict[str, list[dict]], window: int, output: str) -> None:
     for axes, name in zip(figure.subplots(1, len(CURVES)), CURVES):
         for label, seeds in runs.items():
             steps = min(len(metrics[name]) for metrics in seeds)
-            lines = np.stack([smooth(metrics[name][:steps], window) for metrics in seeds])
-            mean, deviation, x = lines.mean(0), lines.std(0), np.arange(1, steps + 1)
+            lines = [smooth(metrics[name][:steps], window) for metrics in seeds]
+            mean, deviation, x = np.mean(lines, 0), np.std(lines, 0), range(1, steps + 1)
             axes.plot(x, mean, label=f"{label} (runs: {len(seeds)})")
             axes.fill_between(x, mean - deviation, mean + deviation, alpha=0.2)
         axes.set(title=CURVES[name], xlabel="step")
@@ -445,24 +458,24 @@ def focus_difference(focused: Tensor, correct: Tensor, seconds: float) -> tuple[
 
 def focus(options) -> None:
     """Tab. A: differences in focused frames between correct and incorrect sampled responses."""
-    s = settings_of(options.rest)
-    samples = load_samples(s)
-    run, bins = reading_run(s, *load_model(s.model)), Counter()
-    for prompts, _ in read_prompts(samples, run.tokenizer, s, "focus"):
-        prompts = {number: prompt for number, prompt in prompts.items() if prompt.num_frames}
-        for group in scored_groups(run, prompts):
-            correct, rollout = group.accuracy >= s.threshold, group.rollout
-            if correct.any() and not correct.all():
-                focused = appo.focused_frames(rollout.frame_attention, rollout.response_mask,
-                                              k1=s.k1, k2=s.k2)
-                seconds = group.prompt.seconds_per_grid[0]
-                bins[focus_difference(focused.cpu(), correct.cpu(), seconds)[0]] += 1
+    s, samples = read_task(options.rest)
+    run, bins = appo.Run(s, *load_model(s.model)), Counter()
+    for prompts, _ in read_prompts(samples, run.tokenizer, s):
+        with_video = {n: prompt for n, prompt in prompts.items() if prompt.num_frames}
+        for group in scored_groups(run, with_video):
+            correct = (group.accuracy >= s.threshold).cpu()                              # (G,)
+            if correct.all() or not correct.any():
+                continue
+            focused = appo.focused_frames(group.rollout.frame_attention,
+                                          group.rollout.response_mask, k1=s.k1, k2=s.k2)
+            name, _ = focus_difference(focused.cpu(), correct, group.prompt.seconds_per_grid[0])
+            bins[name] += 1
     total = bins.total()
     if not total:
         raise RunError(f"none of {len(samples)} samples has correct and incorrect responses; "
                        "raise --group_size or take more samples")
     shares = {name: 100 * bins[name] / total for name in TAB_A}
-    rows = [[name, bins[name], f"{shares[name]:.1f}", f"{TAB_A[name]:.1f}"] for name in TAB_A]
+    rows = [[name, bins[name], shares[name], TAB_A[name]] for name in TAB_A]
     print_table([["difference", "samples", "percent", "paper"], *rows])
     print(f"{total} of {len(samples)} samples; the others cannot be read, have no video, or have "
           "only correct or only incorrect responses")
@@ -476,41 +489,39 @@ DESCRIBE = ("Describe this video in detail, in the order in which things happen:
             "seen, what they do, colours, numbers, places, positions and written words.")
 
 
-def pretrained(kind: type, name: str, **options):
-    """kind.from_pretrained(name); a folder that cannot be used is an error of one line."""
-    try:
-        return kind.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        raise RunError(f"{name}: no usable {kind.__name__} ({str(error).splitlines()[0]}); "
-                       "give a model folder") from None
-
-
 def load_text_model(name: str):
-    """(model, tokenizer) of an ordinary language model with a chat template."""
+    """An ordinary language model with a chat template."""
     _, _, device = model_utils.init_processes()
-    tokenizer = pretrained(transformers.AutoTokenizer, name)
-    if tokenizer.chat_template is None:
+    with explained(f"{name}: no usable model; give a model folder"):
+        pipeline = transformers.pipeline("text-generation", name, device=device,
+                                         dtype=model_utils.compute_type(device))
+    if pipeline.tokenizer.chat_template is None:
         raise RunError(f"{name}: its tokenizer has no chat template; take an instruction-tuned "
                        "model")
-    model = pretrained(transformers.AutoModelForCausalLM, name,
-                       dtype=model_utils.compute_type(device))
-    return model.to(device).eval(), tokenizer
+    return pipeline
 
 
-@torch.no_grad()
-def answer_from_text(model, tokenizer, sample: data.Sample, description: str,
-                     max_new_tokens: int) -> str:
+def answer_from_text(pipeline, sample: data.Sample, description: str, max_new_tokens: int) -> str:
     """A text model's greedy answer to a question about a video that it knows by description."""
     kind = "choice" if sample.kind == "grounding" else sample.kind
     question = f"A video is described as follows.\n{description}\n\n{sample.question}"
     text = data.prompt_text(replace(sample, kind=kind, question=question), None)
     text = text.replace("<|", "< |")            # control tokens stay words, as in data.build_prompt
-    inputs = tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True,
-        return_tensors="pt").to(model.device)
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False,
-                            repetition_penalty=DECODING["repetition_penalty"])
-    return tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+    output = pipeline([{"role": "user", "content": text}], max_new_tokens=max_new_tokens,
+                      do_sample=False, repetition_penalty=DECODING["repetition_penalty"],
+                      return_full_text=False)
+    return output[0]["generated_text"]
+
+
+def describe(samples: list[data.Sample], s: appo.Settings) -> dict[int, str]:
+    """Descriptions of the videos that can be read, by number of the sample."""
+    model, tokenizer = load_model(s.model)
+    changes = dict(question=DESCRIBE, options=[], kind="description")
+    to_describe = [replace(sample, **changes) for sample in samples]
+    descriptions = {}
+    for prompts, _ in read_prompts(to_describe, tokenizer, s):
+        descriptions |= respond(model, tokenizer, prompts, s)
+    return descriptions
 
 
 def decouple(options) -> None:
@@ -520,33 +531,28 @@ def decouple(options) -> None:
     the question, and a reasoning model, which answers from the description.
     """
     perceivers, reasoners = options.perception.split(","), options.reasoning.split(",")
-    samples = load_samples(settings_of([*options.rest, "--model", perceivers[0]]))
-    to_describe = [replace(sample, question=DESCRIBE, options=[], kind="description")
-                   for sample in samples]
     for name in reasoners:                      # a wrong name shows before the videos are described
-        pretrained(transformers.AutoConfig, name)
+        with explained(f"{name}: no usable model; give a model folder"):
+            transformers.AutoConfig.from_pretrained(name)
     table = [["perception / reasoning", "videos", *reasoners]]
     with open(options.output, "w") as file:
         for perception in perceivers:
-            s = settings_of([*options.rest, "--model", perception])
-            model, tokenizer = load_model(perception)
-            descriptions = {}
-            for prompts, _ in read_prompts(to_describe, tokenizer, s, "describe"):
-                texts = respond(model, tokenizer, list(prompts.values()), s)
-                descriptions |= zip(prompts, texts)
-            table.append([perception, f"{len(descriptions)} of {len(samples)}"])
+            s, samples = read_task([*options.rest, "--model", perception])
+            descriptions = describe(samples, s)
+            row = [perception, f"{len(descriptions)} of {len(samples)}"]
             for reasoning in reasoners:
-                model, tokenizer = load_text_model(reasoning)
-                accuracy = []
+                pipeline, accuracies = load_text_model(reasoning), []
                 for n, description in tqdm(descriptions.items(), desc="answer"):
-                    response = answer_from_text(model, tokenizer, samples[n], description,
+                    response = answer_from_text(pipeline, samples[n], description,
                                                 s.max_new_tokens)
-                    accuracy.append(data.accuracy_reward(response, samples[n]))
-                    file.write(json.dumps({
-                        "id": samples[n].id, "perception": perception, "reasoning": reasoning,
-                        "description": description, "response": response,
-                        "accuracy": accuracy[-1]}) + "\n")
-                table[-1].append(float(np.mean(accuracy)) if accuracy else "-")
+                    accuracy = data.accuracy_reward(response, samples[n])
+                    accuracies.append(accuracy)
+                    record = {"id": samples[n].id, "perception": perception,
+                              "reasoning": reasoning, "description": description,
+                              "response": response, "accuracy": accuracy}
+                    print(json.dumps(record), file=file)
+                row.append(np.mean(accuracies or [np.nan]))
+            table.append(row)
     print_table(table)
 
 
@@ -718,18 +724,18 @@ def random_model(folder: str | None):
     _, _, device = model_utils.init_processes()
     if folder is None:
         small, tokenizer = model_utils.tiny_model([f"w{i}" for i in range(32_760)])
-        config = small.config.to_dict()
-        config["text_config"] |= dict(
+        config = small.config
+        config.text_config.update(dict(
             hidden_size=512, num_hidden_layers=12, num_attention_heads=8, intermediate_size=1408,
-            layer_types=None, max_window_layers=12, initializer_range=0.02,
-            rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[8, 12, 12]))
-        config["vision_config"] |= dict(
+            layer_types=["full_attention"] * 12, initializer_range=0.02,
+            rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[8, 12, 12])))
+        config.vision_config.update(dict(
             depth=8, hidden_size=256, num_heads=4, intermediate_size=704, out_hidden_size=512,
-            fullatt_block_indexes=[3, 7])
-        config = transformers.Qwen2_5_VLConfig(**config)
+            fullatt_block_indexes=[3, 7]))
     else:
-        config = pretrained(transformers.AutoConfig, folder)
-        tokenizer = pretrained(transformers.AutoTokenizer, folder)
+        with explained(f"{folder}: no usable model; give a model folder"):
+            config = transformers.AutoConfig.from_pretrained(folder)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     if config.model_type != "qwen2_5_vl":
         raise RunError(f"{folder}: of type {config.model_type}; give a folder of type qwen2_5_vl")
     torch.manual_seed(0)
@@ -739,16 +745,14 @@ def random_model(folder: str | None):
     return model_utils.prepare_model(model.eval().requires_grad_(False)), tokenizer
 
 
-def noise_batch(prompts: int, sampled_frames: int) -> dict[int, tuple[data.Sample, Future]]:
-    """A batch as data.read_ahead gives it: questions about noise, 64 visual tokens per frame."""
+def noise_batch(prompts: int, sampled_frames: int) -> appo.Batch:
+    """Questions about one video of noise, with 64 visual tokens per frame."""
     sample = data.Sample("", "what happens ?", ["one", "two", "three", "four"], "A", "choice")
-    F, batch = -(-sampled_frames // 2), {}
-    for position in range(prompts):
-        patches = torch.randn(F * 256, 1176, generator=torch.Generator().manual_seed(position))
-        visual = Future()
-        visual.set_result(data.Visual(patches, [(F, 16, 16)], [], [2.0], 2.0 * F, sampled_frames))
-        batch[position] = sample, visual
-    return batch
+    F = math.ceil(sampled_frames / 2)
+    patches = torch.randn(F * 256, 1176, generator=torch.Generator().manual_seed(0))
+    visual = Future()
+    visual.set_result(data.Visual(patches, [(F, 16, 16)], [], [2.0], 2.0 * F, sampled_frames))
+    return {position: (sample, visual) for position in range(prompts)}
 
 
 def plain_step(run: appo.Run, group: appo.Group, scale: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -765,195 +769,161 @@ def plain_step(run: appo.Run, group: appo.Group, scale: float = 1.0) -> tuple[Te
     ids, mask = group.rollout.response_ids, group.rollout.response_mask                  # (G, R)
     (G, R), P, device = ids.shape, len(prompt.input_ids), model.device
     prompt_ids = prompt.input_ids.expand(G, P)
-    positions = prompt.positions[:, None].expand(3, G, P)
+    sequences = torch.cat([prompt_ids, ids], 1)                                      # (G, P + R)
+    after = prompt.next_position + torch.arange(R, device=device).expand(3, R)
+    positions = torch.cat([prompt.positions, after], 1)[:, None].expand(3, G, P + R)
     video = {"pixel_values_videos": group.prompt.patches.to(device, model.dtype).repeat(G, 1),
-             "video_grid_thw": torch.tensor(group.prompt.video_grids, device=device).repeat(G, 1)}
+             "video_grid_thw": torch.tensor(group.prompt.video_grids * G, device=device)}
 
     def allowed_tokens(row: int, sequence: Tensor) -> list[int]:
-        return [ids[row, len(sequence) - P].item()]
+        return [sequences[row, len(sequence)].item()]
 
     model.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
     with torch.no_grad():
         output = model.generate(
             input_ids=prompt_ids, attention_mask=torch.ones_like(prompt_ids), **video,
-            position_ids=positions, max_new_tokens=R, do_sample=False, output_attentions=True,
-            return_dict_in_generate=True, prefix_allowed_tokens_fn=allowed_tokens)
-    run.lap("rollout")
+            position_ids=positions[:, :, :P], max_new_tokens=R, do_sample=False,
+            output_attentions=True, return_dict_in_generate=True,
+            prefix_allowed_tokens_fn=allowed_tokens)
     frame_attention = model_utils.pool_attention(output.attentions, prompt.frame_of_token,
                                                  s.attention_layers) * mask[:, :, None]
     del output
-    run.lap("weights")
+    run.lap("rollout")
     model.set_attn_implementation("sdpa")
     model.requires_grad_(True).train()               # it recomputes activations in this mode only
     model.model.visual.requires_grad_(False)
-    after = prompt.next_position + torch.arange(R, device=device).expand(3, G, R)
-    sequences = torch.cat([prompt_ids, ids], 1)                                      # (G, P + R)
-    logits = model(input_ids=sequences, attention_mask=torch.ones_like(sequences), **video,
-                   position_ids=torch.cat([positions, after], 2), use_cache=False,
-                   logits_to_keep=R + 1).logits[:, :-1]                              # (G, R, V)
+    logits = model(input_ids=sequences, position_ids=positions, **video, use_cache=False,
+                   logits_to_keep=R + 1).logits[:, :-1]                                  # (G, R, V)
     excluded = model_utils.excluded_token_ids(model)
     logits = model_utils.sampling_logits(logits, excluded, s.temperature)
     log_probs = logits.log_softmax(-1).gather(-1, ids[:, :, None])[:, :, 0].where(mask, 0.0)
     run.lap("update")
-    plain_group = replace(group, rollout=replace(group.rollout, frame_attention=frame_attention))
-    weights = run.weigh(plain_group, logits.detach(), s)
+    weights = appo.perception_token_weights(frame_attention, logits.detach(), mask, group.crucial,
+                                            k3=s.k3, alpha=s.alpha)
     run.lap("weights")
-    loss, _ = appo.clipped_surrogate_loss(
-        log_probs, log_probs.detach(), group.advantages, mask, token_weights=weights,
-        clip_low=s.clip_low, clip_high=s.clip_high, average=s.average)
+    # In the first update on a batch the ratio is 1, and the loss has the gradient of this.
+    loss = -appo.masked_mean(log_probs * weights * group.advantages[:, None], mask)
     (scale * loss).backward()
     model.eval().requires_grad_(False).set_attn_implementation("group_attention")
     run.lap("update")
     return log_probs.detach(), frame_attention
 
 
-def plain_round(run: appo.Run, groups: list[appo.Group], differences: Counter) -> Counter:
-    """Seconds of a step in the plain way, by phase; with SGD, as AdamW's moments need memory.
+def plain_training_step(run: appo.Run, groups: list[appo.Group]) -> float:
+    """A step in the plain way; with SGD, as AdamW's moments need memory.
 
-    Keeps the largest differences between its numbers and the rollout's in `differences`.
+    Returns the largest difference between its numbers and those of our rollout.
     """
     run.lap("before")
     run.seconds.clear()
+    differences = []
     for group in groups:
-        numbers = plain_step(run, group, 1 / len(groups))
-        for name, values in zip(("log_probs", "frame_attention"), numbers):
-            difference = (values - getattr(group.rollout, name)).abs().max().item()
-            differences[name] = max(differences[name], difference)
+        log_probs, frame_attention = plain_step(run, group, 1 / len(groups))
+        differences += [(log_probs - group.rollout.log_probs).abs().max().item(),
+                        (frame_attention - group.rollout.frame_attention).abs().max().item()]
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.settings.max_grad_norm)
     torch.optim.SGD(run.model.parameters(), lr=0.0).step()
     run.model.zero_grad()
     run.lap("update")
-    return run.seconds
+    return max(differences)
 
 
-def training_round(run: appo.Run, batch: dict) -> Counter:
-    """Seconds of a step, by phase."""
-    appo.training_step(run, itertools.repeat(batch))
-    return run.seconds
+def measure_step(options, new_tokens: int, column: str) -> dict:
+    """Figures of a step, after one to warm up.
 
-
-def prepare_rounds(options, new_tokens: int, columns: list[str]) -> tuple[dict, Counter]:
-    """({column: function that does a step and returns the seconds of its phases}, differences).
-
-    The columns share model, policy and optimizer. At learning rate 0 a step does all its work and
-    changes no weight, so all steps start from the same weights. For differences see plain_round.
+    At learning rate 0 a step does all its work and changes no weight, so both start from the same.
     """
     transformers.utils.logging.disable_progress_bar()
     load = random_model if options.random_weights or not options.model else load_model
     model, tokenizer = load(options.model)
     # responses end by a token that is never sampled, so none ends
     model.generation_config.eos_token_id = model.config.vision_start_token_id
-    if options.gradient_checkpointing:
-        model_utils.recompute_activations(model.model.language_model)
-    settings = {}
-    for column in columns:
-        settings[column] = appo.Settings.of(
-            "appo" if column == PLAIN else column, prompts_per_step=options.prompts,
-            group_size=options.group, max_new_tokens=new_tokens, learning_rate=0.0,
-            max_prompt_tokens=1 << 20, cuda_graph=options.cuda_graph,
-            gradient_checkpointing=options.gradient_checkpointing)
-    with_reference = max(settings.values(), key=lambda s: s.kl_coef)             # if any has it
+    s = appo.Settings.of(
+        "appo" if column == PLAIN else column, prompts_per_step=options.prompts,
+        group_size=options.group, max_new_tokens=new_tokens, learning_rate=0.0,
+        max_prompt_tokens=1 << 20, cuda_graph=options.cuda_graph,
+        gradient_checkpointing=options.gradient_checkpointing)
     # nobody answers noise correctly, so every other response counts as correct
     outcomes = itertools.cycle([(1.0, 1.0, 1.0), (0.0, 0.0, 0.0)])
-    shared = appo.Run(with_reference, model, tokenizer, reward=lambda *_: next(outcomes))
-    if columns != [PLAIN]:                                       # which needs no policy
-        shared = appo.set_up(with_reference, model, tokenizer, shared.reward)
-    batch, steps, differences = noise_batch(options.prompts, options.frames), {}, Counter()
-    for column, s in settings.items():
-        run = replace(shared, settings=s, reference=shared.reference if s.kl_coef else None)
-        steps[column] = functools.partial(training_round, run, batch)
-        if column == PLAIN:
-            groups = scored_groups(run, data.build_prompts(batch, tokenizer, 1 << 20)[0])
-            steps[column] = functools.partial(plain_round, run, groups, differences)
-    return steps, differences
+    run = appo.Run(s, model, tokenizer, reward=lambda *_: next(outcomes))
+    batch, figures = noise_batch(options.prompts, options.frames), {}
+    if column == PLAIN:
+        if s.gradient_checkpointing:
+            model_utils.recompute_activations(model.model.language_model)
+        groups, _ = appo.collect_groups(run, itertools.repeat(batch))
+        for _ in range(2):
+            figures["difference"] = plain_training_step(run, groups)
+    else:
+        run = appo.set_up(s, model, tokenizer, run.reward)
+        for _ in range(2):
+            appo.training_step(run, itertools.repeat(batch))
+    figures |= {phase: run.seconds[phase] for phase in PHASES}
+    return figures | {"step": sum(run.seconds[phase] for phase in PHASES), "GB": peak_memory()}
 
 
-def time_rounds(options, new_tokens: int, columns: list[str]) -> tuple[dict, dict]:
-    """({column: {phase: [seconds in each round]}}, differences between the plain way and ours).
-
-    The columns take turns within a round, so background load affects all of them equally. A round
-    to warm up goes before.
-    """
-    steps, differences = prepare_rounds(options, new_tokens, columns)
-    seconds = {column: defaultdict(list) for column in columns}
-    for number in tqdm(range(1 + options.repetitions), f"{new_tokens} tokens"):
-        for column in columns if number % 2 else columns[::-1]:
-            phases = steps[column]()
-            if number > 0:
-                seconds[column]["step"].append(sum(phases[phase] for phase in PHASES))
-                for phase in PHASES:
-                    seconds[column][phase].append(phases[phase])
-    return seconds, differences
-
-
-def peak_memory(options, new_tokens: int, column: str) -> float:
-    """GB that a column's steps take, in a process of its own: on a GPU the most that torch held.
-
-    On a CPU it is the most that the whole process held, Python and torch included, which only Linux
-    tells: `resource` would count what the process that started this one held.
-    """
-    steps, _ = prepare_rounds(options, new_tokens, [column])
-    steps[column]()
-    steps[column]()
+def peak_memory() -> float:
+    """GB: on a GPU the most that torch held. On a CPU the most that this process held, Python and
+    torch included, which only Linux tells: `resource` would count what its parent held."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     status = Path("/proc/self/status")
     if not status.exists():
-        return float("nan")
+        return math.nan
     kilobytes = re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]
     return int(kilobytes) * 1024 / 1e9
 
 
-def in_new_process(function: Callable, *arguments):
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-def with_range(values: list[float]) -> str:
+def with_range(values) -> str:
     return f"{np.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
 def throughput(options) -> None:
     """Tab. F: training steps on noise, with responses of fixed length.
 
-    Every figure is the median over the rounds (low to high); ratios are taken within a round.
+    Every step runs in a process of its own, after one to warm up. Algorithms take turns within a
+    round, so background load affects all of them equally. Figures are medians over the rounds (low
+    to high); ratios are taken within a round.
     """
     columns = options.algorithms.split(",")
     for name in columns:
         if name not in appo.PRESETS:
             raise RunError(f"--algorithms {name}: choose among {', '.join(appo.PRESETS)}")
     columns += [PLAIN] if options.against_plain else []
-    result = {"device": f"CPU, {torch.get_num_threads()} threads", "torch": torch.__version__}
-    if torch.cuda.is_available():
-        result["device"] = torch.cuda.get_device_name()
+    cuda = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    result = {"device": device, "torch": torch.__version__}
     print(f"{result}; the plain way's rollout includes embed, and its optimizer is SGD")
     for new_tokens in options.new_tokens:
-        seconds, differences = in_new_process(time_rounds, options, new_tokens, columns)
-        memory = {}
-        for column in columns:
-            memory[column] = in_new_process(peak_memory, options, new_tokens, column)
-        result[f"{new_tokens} tokens"] = {"seconds": seconds, "peak_memory_gb": memory,
-                                          "largest_difference": differences}
+        steps = {column: defaultdict(list) for column in columns}
+        rounds = [column for _ in range(options.repetitions) for column in columns]
+        for column in tqdm(rounds, f"{new_tokens} tokens"):
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                figures = pool.submit(measure_step, options, new_tokens, column).result()
+            for name, value in figures.items():
+                steps[column][name].append(value)
+        result[f"{new_tokens} tokens"] = steps
         if options.output:
             Path(options.output).write_text(json.dumps(result, indent=1))
-        rows = [[f"{new_tokens} tokens", *columns]]
-        for phase in ("step", *PHASES):
-            cells = [with_range(seconds[column][phase]) for column in columns]
-            rows.append([f"{phase}, seconds", *cells])
-        for base in ("dapo", "appo"):
-            if base in columns:
-                steps = seconds[base]["step"]
-                speeds = [np.divide(steps, seconds[column]["step"]) for column in columns]
-                rows.append([f"speed / {base}", *map(with_range, speeds)])
-        medians = [float(np.median(seconds[column]["step"])) for column in columns]
-        rows.append(["samples per second", *(options.prompts / median for median in medians)])
-        rows.append(["peak memory, GB", *memory.values()])
-        print_table(rows)
-        print(f"largest differences between the plain way and ours: {dict(differences)}")
-        tolerance = 1.0 if torch.cuda.is_available() else 1e-3                    # bf16 rounds
-        if differences and not max(differences.values()) < tolerance:
-            raise RunError("the plain way does not compute the same; its ratios mean nothing")
+        print_throughput(f"{new_tokens} tokens", steps, options.prompts)
     print("paper: appo / dapo 0.81 (3B, 30 sampled frames), 0.93 (7B, 16 sampled frames)")
+
+
+def print_throughput(title: str, steps: dict[str, dict], prompts: int) -> None:
+    """A row for each column of figures, and its speed relative to the first."""
+    first, *_ = steps
+    table = [[title, "step, seconds", f"speed / {first}", "prompts / s", *PHASES, "peak GB"]]
+    for column, figures in steps.items():
+        speeds = np.divide(steps[first]["step"], figures["step"])
+        medians = [np.median(figures[name]) for name in (*PHASES, "GB")]
+        table.append([column, with_range(figures["step"]), with_range(speeds),
+                      prompts / np.median(figures["step"]), *medians])
+    print_table(table)
+    if PLAIN in steps:
+        difference = max(steps[PLAIN]["difference"])
+        print(f"largest difference between the plain way and ours: {difference:.1e}")
+        tolerance = 1.0 if torch.cuda.is_available() else 1e-3                    # bf16 rounds
+        if not difference < tolerance:
+            raise RunError("the plain way does not compute the same; its ratios mean nothing")
 
 
 # ------------------------------------------------------------------------------- the command line
@@ -978,14 +948,6 @@ def picture(text: str) -> str:
     return text
 
 
-def settings_of(arguments: list[str]) -> appo.Settings:
-    """appo.py's options, by its rules; without --data the built-in task's held-out questions."""
-    s = appo.parse_settings(arguments, "evaluate.py")
-    appo.prepare_built_in(s)
-    s.data = s.eval_data or s.data
-    return s
-
-
 def command_line() -> Parser:
     parser = Parser(prog="evaluate.py", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -995,28 +957,36 @@ def command_line() -> Parser:
         command = commands.add_parser(function.__name__, description=function.__doc__,
                                       allow_abbrev=False)
         command.set_defaults(function=function)
-        return command.add_argument
+
+        def option(name: str, help: str, default=None, **more) -> None:
+            if default is False:
+                more["action"] = "store_true"
+            elif isinstance(default, int):
+                more.setdefault("type", positive)
+            command.add_argument(name, help=help, default=default, **more)
+
+        return option
 
     option = add(score)
-    option("--benchmark", choices=list(data.FORMATS), help="default: told by the records' fields")
-    option("--output", default="scores", help="folder of responses.jsonl and summary.json")
+    option("--benchmark", "default: told by the records' fields", choices=list(data.FORMATS))
+    option("--output", "folder of responses.jsonl and summary.json", "scores")
     option = add(compare)
-    option("first", help="folder A of score")
-    option("second", help="folder B of score")
+    option("first", "folder A of score")
+    option("second", "folder B of score")
     option = add(attention)
-    option("--model2", nargs="+", default=[], help="further models, drawn beside --model")
-    option("--sample", default="0", help="number or id of the record")
-    option("--output", type=picture, default="attention.png", help=".png or .pdf")
+    option("--model2", "further models, drawn beside --model", [], nargs="+")
+    option("--sample", "number or id of the record", "0")
+    option("--output", ".png or .pdf", "attention.png", type=picture)
     option = add(curves)
-    option("runs", nargs="+", help="run folders of appo.py")
-    option("--smooth", type=positive, default=5, help="steps to average over")
-    option("--output", type=picture, default="curves.png", help=".png or .pdf")
+    option("runs", "run folders of appo.py", nargs="+")
+    option("--smooth", "steps to average over", 5)
+    option("--output", ".png or .pdf", "curves.png", type=picture)
     option = add(focus)
-    option("--output", help="also write the table to this .json")
+    option("--output", "also write the table to this .json")
     option = add(decouple)
-    option("--perception", required=True, help="video models M,M2")
-    option("--reasoning", required=True, help="text models T,T2")
-    option("--output", default="decouple.jsonl", help="every description and answer")
+    option("--perception", "video models M,M2", required=True)
+    option("--reasoning", "text models T,T2", required=True)
+    option("--output", "every description and answer", "decouple.jsonl")
     option = add(study)
     option("--arms", default=ARMS, help="ALGORITHM[:OPTION=VALUE][:again|shuffled|...],...")
     option("--seeds", type=positive, default=10, help="how many")
@@ -1024,18 +994,18 @@ def command_line() -> Parser:
     option("--processes", type=positive, default=2, help="arms at a time, a core each")
     option("--output", default="runs/study", help="folder; arms that have finished there stay")
     option = add(throughput)
-    option("--model", help="model folder; default: a random model of 12 layers, 512 wide")
-    option("--random_weights", action="store_true", help="take only --model's configuration")
-    option("--algorithms", default="appo,dapo", help="columns of the table")
-    option("--against_plain", action="store_true", help="add the plain way")
-    option("--gradient_checkpointing", action="store_true", help="recompute activations")
-    option("--cuda_graph", action="store_true", help="replay decoding on a GPU as a CUDA graph")
-    option("--frames", type=positive, default=30, help="sampled frames of a video")
-    option("--group", type=positive, default=8, help="G")
-    option("--new_tokens", type=positives, default=[48], help="lengths of responses, 48,512")
-    option("--prompts", type=positive, default=1, help="groups per step")
-    option("--repetitions", type=positive, default=3, help="rounds after the warm-up")
-    option("--output", help="also write every figure to this .json")
+    option("--model", "model folder; default: a random model of 12 layers, 512 wide")
+    option("--random_weights", "take only --model's configuration", False)
+    option("--algorithms", "rows of the table; speeds are relative to the first", "dapo,appo")
+    option("--against_plain", "add the plain way", False)
+    option("--gradient_checkpointing", "recompute activations", False)
+    option("--cuda_graph", "replay decoding on a GPU as a CUDA graph", False)
+    option("--frames", "sampled frames of a video", 30)
+    option("--group", "G", 8)
+    option("--new_tokens", "lengths of responses, 48,512", [48], type=positives)
+    option("--prompts", "groups per step", 1)
+    option("--repetitions", "rounds", 3)
+    option("--output", "also write every figure to this .json")
     return parser
 
 
@@ -1044,8 +1014,10 @@ def main(arguments: list[str] | None = None) -> None:
     options, options.rest = parser.parse_known_args(arguments)
     transformers.utils.logging.disable_progress_bar()          # one bar at a time
     try:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise RunError("runs in one process; start it by python, not by torchrun")
         if options.rest and options.function in (compare, curves, throughput):
-            parser.error(f"unrecognized arguments: {' '.join(options.rest)}")
+            raise RunError(f"unrecognized arguments: {' '.join(options.rest)}")
         options.function(options)
     except (RunError, data.DataError, data.VideoError, OSError) as error:
         parser.error(str(error))

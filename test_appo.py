@@ -1897,60 +1897,51 @@ def toy_prompts(toy, tokenizer, numbers) -> list[data.Prompt]:
 
 def test_evaluation_decoding_by_hand():
     """Tokens of the prompt and of the response count, for each row only its own."""
-    prompts = []
-    for ids in ([0, 3], [0, 1]):
-        ids = torch.tensor(ids)
-        prompts.append(model_utils.EncodedPrompt(ids, None, 0, None, None, None, 0))
+    prompts = [model_utils.EncodedPrompt(torch.tensor(ids), None, 0, None, None, None, 0)
+               for ids in ([0, 3], [0, 1])]
     choose = evaluate.evaluation_decoding(prompts, 4, penalty=2.0)
-    logits = torch.tensor([[2.0, 1.5, 0.0, 0.0], [-1.0, -1.5, -1.9, -torch.inf]])
+    logits = torch.tensor([[2.0, 1.5, 0.0, 0.0], [-1.0, -1.5, -1.9, -INF]])
     # 2 / 2 < 1.5 and -1 * 2 < -1.9; with the responses 1.5 / 2 < 2 / 2 and -1.9 * 2 < -1 * 2
     assert choose(logits, torch.empty(2, 0, dtype=torch.long)).tolist() == [1, 2]
     assert choose(logits, torch.tensor([[1], [2]])).tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.05, 1.5])
+@pytest.mark.parametrize("penalty", [1.05, 1.5])
 def test_evaluation_decoding_equals_generate(toy, penalty):
     """With the settings of the supplement; prompts of several lengths decode together."""
     model, tokenizer = evaluate.load_model(str(toy / "model"))
-    plain = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(toy / "model").eval()
+    plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(toy / "model").eval()
     prompts = toy_prompts(toy, tokenizer, range(3))
     encoded = model_utils.encode_prompts(model, prompts)
     choose = evaluate.evaluation_decoding(encoded, len(tokenizer), penalty)
-    rollouts = model_utils.rollout(model, encoded, torch.zeros(3, 1, 20, dtype=torch.float64),
-                                   attention_layers=0, choose=choose)
-    decoding = evaluate.DECODING | {"repetition_penalty": penalty}
+    rollouts = model_utils.rollout(model, encoded, torch.zeros(3, 1, 20), attention_layers=0,
+                                   choose=choose)
+    decoding = evaluate.DECODING | {"repetition_penalty": penalty, "do_sample": True}
     for prompt, rollout in zip(prompts, rollouts):
-        ids = prompt.input_ids[None]
-        expected = plain.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values_videos=prompt.patches,
-            video_grid_thw=torch.tensor(prompt.video_grids), do_sample=True, max_new_tokens=20,
-            position_ids=rollout.prompt.positions[:, None], **decoding)
-        assert rollout.response_ids[rollout.response_mask].equal(expected[0, ids.shape[1]:])
+        expected = generate(plain, prompt, rollout.prompt, max_new_tokens=20, **decoding)
+        response = expected.sequences[0, len(prompt.input_ids):]
+        assert rollout.response_ids[rollout.response_mask].equal(response)
 
 
 def test_tables_by_hand(tmp_path):
     """Means by group, of the records that have a score; VSI-Bench's overall mean."""
-    records = [dict(group="TC", accuracy=1.0, iou=0.25), dict(group="TC", accuracy=0.0, iou=1.0),
-               dict(group="CW", accuracy=1.0)]
-    table = evaluate.summarise(records)
-    assert list(table) == ["CW", "TC", "all"] and table["CW"] == dict(n=1, accuracy=1.0)
-    assert table["TC"] == dict(n=2, accuracy=0.5, iou=0.625)
-    assert table["all"] == pytest.approx(dict(n=3, accuracy=2 / 3, iou=0.625))
+    def results(scores, over_tasks=False):
+        records = [score | dict(prompt="", seconds=0.0) for score in scores]
+        evaluate.report_scores(tmp_path, {}, records, over_tasks)
+        return json.loads((tmp_path / "summary.json").read_text())["results"]
+
+    table = results([dict(group="TC", accuracy=1.0, iou=0.25), dict(group="CW", accuracy=1.0),
+                     dict(group="TC", accuracy=0.0, iou=1.0)])
+    assert table == {"CW": dict(n=1, accuracy=1.0), "TC": dict(n=2, accuracy=0.5, iou=0.625),
+                     "all": dict(n=3, accuracy=pytest.approx(2 / 3), iou=0.625)}
     # directions 0.2, 0.4, 0.9 are one task of 0.5, whatever their numbers; another has 0.7
-    counts = {"object_rel_direction_easy": (1, 4), "object_rel_direction_medium": (4, 6),
-              "object_rel_direction_hard": (9, 1), "route_planning": (14, 6)}
-    records = []
-    for group, (correct, incorrect) in counts.items():
-        records += [dict(group=group, accuracy=1.0)] * correct
-        records += [dict(group=group, accuracy=0.0)] * incorrect
-    assert evaluate.summarise(records, "tasks")["all"] == pytest.approx(dict(n=45, accuracy=0.6))
-    assert evaluate.summarise(records)["all"]["accuracy"] == pytest.approx(28 / 45)
-    records = [record | dict(prompt="", seconds=0.0) for record in records]
-    for benchmarks, expected in (({"tasks"}, 0.6), ({"tasks", "questions"}, 28 / 45)):
-        evaluate.report_scores(tmp_path, {}, records, benchmarks)
-        summary = json.loads((tmp_path / "summary.json").read_text())
-        assert summary["results"]["all"]["accuracy"] == pytest.approx(expected)
-    assert summary["overall"] == "mean over questions"
+    scores = []
+    for group, correct, count in (("object_rel_direction_easy", 1, 5), ("route_planning", 14, 20),
+                                  ("object_rel_direction_medium", 4, 10),
+                                  ("object_rel_direction_hard", 9, 10)):
+        scores += [dict(group=group, accuracy=float(i < correct)) for i in range(count)]
+    assert results(scores, over_tasks=True)["all"] == pytest.approx(dict(n=45, accuracy=0.6))
+    assert results(scores)["all"] == pytest.approx(dict(n=45, accuracy=28 / 45))
 
 
 def test_bootstrap_interval():
@@ -1958,30 +1949,26 @@ def test_bootstrap_interval():
     assert evaluate.bootstrap_interval(np.full(7, 0.25)) == (0.25, 0.25)
     values = np.random.default_rng(0).choice([-1.0, 0.0, 1.0], size=400, p=[0.1, 0.6, 0.3])
     half = 1.96 * values.std() / 20
-    low, high = evaluate.bootstrap_interval(values)
-    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.01)
-    assert evaluate.bootstrap_interval(values) == (low, high)
+    interval = evaluate.bootstrap_interval(values)
+    assert interval == pytest.approx((values.mean() - half, values.mean() + half), abs=0.01)
+    assert evaluate.bootstrap_interval(values) == interval
 
 
 def test_focus_difference():
     """The docstring's example, each bin, and an oracle."""
-    def difference(rows, correct, seconds):
-        return evaluate.focus_difference(torch.tensor(rows) == 1, torch.tensor(correct), seconds)
+    def difference(rows, seconds=2.0, correct=(True, False)):
+        rows = torch.tensor(rows) == 1
+        return evaluate.focus_difference(rows, torch.tensor(correct), seconds)
 
-    far = [[1, 1, 0, 0, 0], [0, 0, 0, 1, 1]]
-    for seconds, name in ((0.9, "0 to 3 s"), (1.9, "3 to 6 s"), (2, "6 to 9 s"), (3.9, "9 to 12 s"),
-                          (4.1, "12 to 15 s"), (9, "over 15 s")):
-        assert difference(far, [True, False], seconds) == (name, pytest.approx(3 * seconds))
-    assert difference([[1, 0, 1], [1, 0, 1]], [True, False], 2.0) == ("0 s", 0.0)
-    assert difference([[1, 0, 1], [0, 1, 0]], [True, False], 2.0) == ("0 to 3 s", 0.0)
-    assert sum(evaluate.TAB_A.values()) == pytest.approx(100)
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        rows = rng.permuted([[1, 1, 1, 0, 0, 0, 0, 0]] * 6, axis=1)
-        correct = rng.permutation([True, True, False, False, False, False])
-        times = 1.5 * np.nonzero(rows)[1].reshape(6, 3).mean(1)
-        expected = abs(times[correct].mean() - times[~correct].mean())
-        assert difference(rows, correct, 1.5)[1] == pytest.approx(expected)
+    for seconds, name in zip((0.9, 1.9, 2, 3.9, 4.1, 9), list(evaluate.TAB_A)[1:]):
+        expected = name, pytest.approx(3 * seconds)
+        assert difference([[1, 1, 0, 0, 0], [0, 0, 0, 1, 1]], seconds) == expected
+    assert name == "over 15 s" and difference([[1, 0, 1], [1, 0, 1]]) == ("0 s", 0.0)
+    assert difference([[1, 0, 1], [0, 1, 0]]) == ("0 to 3 s", 0.0)
+    rows = np.random.default_rng(0).permuted([[1, 1, 1, 0, 0, 0, 0, 0]] * 6, axis=1)
+    times = 1.5 * np.nonzero(rows)[1].reshape(6, 3).mean(1)
+    _, result = difference(rows, 1.5, [True] * 2 + [False] * 4)
+    assert result == pytest.approx(abs(times[:2].mean() - times[2:].mean()))
 
 
 def test_runs_are_labelled_by_what_differs():
@@ -2094,70 +2081,73 @@ def test_study_and_curves_commands(toy, tmp_path, capsys):
 
 def test_score_continues_where_it_stopped(toy, tmp_path, capsys):
     """The same records as without the stop; a broken video is left out and named."""
-    records = few_questions(toy, tmp_path / "some.json", 6)
+    annotation, a, b = tmp_path / "some.json", tmp_path / "a", tmp_path / "b"
+    records = few_questions(toy, annotation, 6)
     (tmp_path / "broken.avi").write_bytes(b"no video")
     records[3]["path"] = str(tmp_path / "broken.avi")
-    (tmp_path / "some.json").write_text(json.dumps(records))
-    common = ["score", "--model", toy / "model", "--data", tmp_path / "some.json", "--readers", 1,
-              "--rollout_groups", 2]
-    text = measure(capsys, *common, "--output", tmp_path / "a")
-    responses = tmp_path / "a" / "responses.jsonl"
+    annotation.write_text(json.dumps(records))
+    command = ["score", "--model", toy / "model", "--data", annotation, "--readers", 1,
+               "--rollout_groups", 2, "--output", a]
+    text = measure(capsys, *command)
+    responses = a / "responses.jsonl"
     lines, whole = responses.read_bytes().splitlines(keepends=True), json_lines(responses)
-    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    samples = {sample.id: sample for sample in data.load_samples(annotation)}
     scored = [record for record in whole if "skipped" not in record]
-    assert {r["id"] for r in whole} - {r["id"] for r in scored} == {"some.json:3"}
-    assert summary["results"]["all"]["n"] == len(scored) == 5
-    assert summary["results"]["all"]["accuracy"] == np.mean([r["accuracy"] for r in scored]) > 0
-    assert summary["overall"] == "mean over questions" and summary["seconds"] > 0
-    assert summary["settings"]["max_new_tokens"] == 18 and "broken.avi" in text
-    assert summary["settings"]["decoding"]["repetition_penalty"] == 1.05
-    assert summary["prompt"] == whole[0]["prompt"] and "skipped 1 of 6" in text
-    samples = {sample.id: sample for sample in data.load_samples(tmp_path / "some.json")}
+    assert samples.keys() - {record["id"] for record in scored} == {"some.json:3"}
+    assert len(whole) == 6 and "broken.avi" in text and "skipped 1 of 6" in text
     for record in scored:
         expected = data.score_response(record["response"], samples[record["id"]])
         assert expected.items() <= record.items()
+    accuracy = np.array([record["accuracy"] for record in scored])
+    summary = json.loads((a / "summary.json").read_text())
+    assert summary["results"]["all"].items() >= dict(n=5, accuracy=accuracy.mean()).items()
+    assert summary["prompt"] == whole[0]["prompt"] and summary["overall"] == "mean over questions"
+    assert accuracy.any() and summary["seconds"] > 0
+    assert summary["settings"]["decoding"] == evaluate.DECODING
     responses.write_bytes(b"".join(lines[:3]) + lines[3][:20])             # killed while writing
-    measure(capsys, *common, "--output", tmp_path / "a")
+    measure(capsys, *command)
     for record, again in zip(whole, json_lines(responses), strict=True):
-        assert {**record, "seconds": 0} == {**again, "seconds": 0}
-    assert "another max_frames" in refusal(capsys, *common, "--output", tmp_path / "a",
-                                           "--max_frames", 8)
-    others = [record | {"accuracy": float(record is scored[0])} for record in scored]
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "responses.jsonl").write_text("".join(json.dumps(r) + "\n" for r in others))
-    text = measure(capsys, "compare", tmp_path / "a", tmp_path / "b")
-    b_minus_a = [b["accuracy"] - a["accuracy"] for a, b in zip(scored, others)]
-    low, high = evaluate.bootstrap_interval(np.array(b_minus_a))
-    assert f"{np.mean(b_minus_a):+.3f}, 95% interval {low:+.3f} to {high:+.3f}" in text
-    assert "5 common" in text
+        assert record | {"seconds": 0} == again | {"seconds": 0}
+    assert "another max_frames" in refusal(capsys, *command, "--max_frames", 8)
+    b.mkdir()
+    reversed_lines = [json.dumps(record | {"accuracy": 0.5}) + "\n" for record in scored[::-1]]
+    (b / "responses.jsonl").write_text("".join(reversed_lines))
+    text = measure(capsys, "compare", a, b)
+    low, high = evaluate.bootstrap_interval(0.5 - accuracy)
+    assert f"{0.5 - accuracy.mean():+.3f}, 95% interval {low:+.3f} to {high:+.3f}" in text
+    assert f"A {accuracy.mean():.3f}, B 0.500" in text and "5 common" in text
 
 
-def test_commands_refuse_in_one_line(toy, tmp_path, capsys):
-    records = few_questions(toy, tmp_path / "x.json", 2)
+def test_commands_refuse_in_one_line(toy, tmp_path, capsys, monkeypatch):
+    missing, other = tmp_path / "x.json", tmp_path / "b"
+    records = few_questions(toy, missing, 2)
     records[0]["path"] = "gone\x1b.avi"
-    (tmp_path / "x.json").write_text(json.dumps(records))
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "responses.jsonl").write_text('{"id": "x", "question": "q", "accuracy": 1}\n')
-    model = ["--model", toy / "model"]
-    questions = [*model, "--data", toy / "test.json"]
+    missing.write_text(json.dumps(records))
+    other.mkdir()
+    (other / "responses.jsonl").write_text('{"id": "x", "question": "q", "accuracy": 1}\n')
+    questions = ["--model", toy / "model", "--data", toy / "test.json"]
     for arguments, word in (
             ([], "required"), (["nothing"], "invalid choice"),
             (["score", *questions, "--model", tmp_path / "none"], "no such folder"),
             (["score", *questions, "--colour", "red"], "--colour"),
             (["score", *questions, "--max_frames", "0"], "--max_frames"),
-            (["score", *model, "--data", tmp_path / "none.json"], "cannot be read"),
-            (["score", *model, "--data", tmp_path / "x.json"], "--skip_missing"),
-            (["compare", tmp_path / "a", tmp_path / "b"], "no such file"),
-            (["compare", tmp_path / "b"], "required"), (["curves", tmp_path], "no run"),
+            (["score", *questions, "--data", tmp_path / "none.json"], "cannot be read"),
+            (["score", *questions, "--data", missing], "--skip_missing"),
+            (["compare", tmp_path / "a", other], "no such file"),
+            (["compare", other], "required"), (["curves", tmp_path], "no run"),
             (["curves", tmp_path, "--output", "x.gif"], ".png or .pdf"),
             (["curves", tmp_path, "--smooth", "0"], "above 0"),
             (["attention", *questions, "--sample", "999"], "no such record"),
             (["throughput", "--new_tokens", "8,0"], "above 0"),
             (["throughput", "--algorithms", "ppo"], "ppo"),
             (["throughput", "--max_frames", "3"], "unrecognized"),
-            (["decouple", *questions, "--perception", toy / "model", "--reasoning", tmp_path / "b",
-              "--output", tmp_path / "d"], "no usable AutoConfig")):
+            (["decouple", *questions, "--perception", toy / "model", "--reasoning", other,
+              "--output", tmp_path / "d"], "give a model folder")):
         assert word in refusal(capsys, *arguments), arguments
+    with pytest.raises(model_utils.RunError, match="give a model folder"):
+        evaluate.random_model(str(other))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "torchrun" in refusal(capsys, "score", *questions)
 
 
 def test_attention_and_focus_commands(toy, tmp_path, capsys):
@@ -2179,24 +2169,23 @@ def test_attention_and_focus_commands(toy, tmp_path, capsys):
 def test_decouple_command(toy, tmp_path, capsys):
     """The describer does not know the question; the text model does not see the video."""
     records = few_questions(toy, tmp_path / "x.json", 3)
+    text_model = tmp_path / "text"
     _, tokenizer = evaluate.load_model(str(toy / "model"))
     config = transformers.Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, intermediate_size=32, initializer_range=1.0,
         eos_token_id=tokenizer.eos_token_id)
     torch.manual_seed(0)
-    transformers.Qwen2ForCausalLM(config).save_pretrained(tmp_path / "text")
-    tokenizer.save_pretrained(tmp_path / "text")
+    transformers.Qwen2ForCausalLM(config).save_pretrained(text_model)
+    tokenizer.save_pretrained(text_model)
     describe = data.Sample("", evaluate.DESCRIBE, [], "A", "description")
     assert data.prompt_text(describe, None) == evaluate.DESCRIBE
     text = measure(capsys, "decouple", "--data", tmp_path / "x.json", "--readers", 1,
                    "--max_new_tokens", 8, "--perception", toy / "model", "--reasoning",
-                   f"{tmp_path / 'text'},{tmp_path / 'text'}", "--output", tmp_path / "d.jsonl")
+                   f"{text_model},{text_model}", "--output", tmp_path / "d.jsonl")
     lines = json_lines(tmp_path / "d.jsonl")
     assert len(lines) == 2 * len(records) and "3 of 3" in text
-    for record, again in zip(lines[:3], lines[3:]):
-        assert (record["description"], record["response"]) == (again["description"],
-                                                               again["response"])
+    assert lines[:3] == lines[3:]
     # the questions about a video differ, its description does not
     assert records[0]["path"] == records[1]["path"] and records[0] != records[1]
     assert lines[0]["description"] == lines[1]["description"]
@@ -2205,58 +2194,96 @@ def test_decouple_command(toy, tmp_path, capsys):
 
 # ---- the plain way
 
+def generate(plain, prompt, encoded, group_size=1, **options):
+    """transformers' own `generate`, with our positions."""
+    ids = prompt.input_ids.expand(group_size, -1)
+    return plain.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), return_dict_in_generate=True,
+        pixel_values_videos=prompt.patches.repeat(group_size, 1),
+        video_grid_thw=torch.tensor(prompt.video_grids * group_size),
+        position_ids=encoded.positions[:, None].expand(3, *ids.shape), **options)
+
+
 def test_plain_way_gives_our_numbers(toy):
     """Log-probabilities, frame attention and gradients of APPO, against transformers only."""
     model, tokenizer = evaluate.load_model(str(toy / "model"))
-    plain = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(toy / "model")
-    outcomes = iter([(1.0, 1.0, 1.0), (0.0, 0.0, 0.0)] * 4)
+    plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(toy / "model")
+    outcomes = itertools.cycle([(1.0, 1.0, 1.0), (0.0, 0.0, 0.0)])
     s = appo.Settings.of("appo", k1=4, k2=2, k3=6, group_size=4, max_new_tokens=18, seed=1,
                          prompts_per_step=2, max_grad_norm=1e9, gradient_checkpointing=False)
     run = appo.set_up(s, model, tokenizer, reward=lambda response, sample: next(outcomes))
     run.optimizer = torch.optim.SGD(run.policy.parameters(), lr=1.0)       # step = -gradient
-    prompts = dict(enumerate(toy_prompts(toy, tokenizer, range(2))))
-    groups = evaluate.scored_groups(run, prompts)
-    before = [p.full_tensor().detach().clone() for p in run.policy.parameters()]
+    groups = evaluate.scored_groups(run, dict(enumerate(toy_prompts(toy, tokenizer, range(2)))))
+    before = [p.full_tensor().clone() for p in run.policy.parameters()]
     appo.update(run, groups)
     plain_run = appo.Run(s, plain, tokenizer)
     for group in groups:
         log_probs, frame_attention = evaluate.plain_step(plain_run, group, scale=0.5)
         assert (group.token_weights > 1).any()
-        torch.testing.assert_close(log_probs, group.old_log_probs, rtol=0, atol=1e-5)
-        torch.testing.assert_close(frame_attention, group.rollout.frame_attention, rtol=0,
-                                   atol=1e-6)
-    assert plain_run.seconds["rollout"] > 0 and plain_run.seconds["update"] > 0
+        assert_close(log_probs, group.old_log_probs, rtol=0, atol=1e-5)
+        assert_close(frame_attention, group.rollout.frame_attention, rtol=0, atol=1e-6)
     gradients = [p.grad for p in plain.model.language_model.parameters()]
     largest = max(gradient.abs().max() for gradient in gradients)
     for p, old, gradient in zip(run.policy.parameters(), before, gradients, strict=True):
-        torch.testing.assert_close(old - p.full_tensor(), gradient, rtol=0, atol=1e-5 * largest)
+        assert_close((old - p.full_tensor()).detach(), gradient, rtol=0, atol=1e-5 * largest)
+
+
+def test_readme_snippet_gives_our_weights(toy):
+    """Responses of transformers' `generate`: W of the README's code for other trainers equals W of
+    the attention and the logits that `generate` returned."""
+    text = Path(evaluate.__file__).with_name("README.md").read_text()
+    snippet, = re.findall(r"```python\n(# appo in another trainer\n.*?)```", text, re.DOTALL)
+    model, tokenizer = evaluate.load_model(str(toy / "model"))
+    plain = plain_twin(model, "eager")
+    sample, *_ = data.load_samples(toy / "test.json")
+    visual = data.read_visual(sample, fps=1, max_frames=16, min_pixels=3136, max_pixels=3136)
+    prompt = data.build_prompt(sample, visual, tokenizer)
+    encoded, = model_utils.encode_prompts(model, [prompt])
+    excluded = model_utils.excluded_token_ids(model)
+    torch.manual_seed(0)
+    output = generate(
+        plain, prompt, encoded, group_size=8, max_new_tokens=18, do_sample=True, top_k=0,
+        eos_token_id=tokenizer.eos_token_id, suppress_tokens=excluded.tolist(),
+        output_attentions=True, output_logits=True)
+    ids = output.sequences[:, len(prompt.input_ids):]                           # (G, R)
+    ends = ids == tokenizer.eos_token_id
+    mask = ends.cumsum(1) - ends.long() == 0                                    # the end token too
+    responses = [row[real].tolist() for row, real in zip(ids, mask)]
+    names = dict(sample=sample, visual=visual, tokenizer=tokenizer, responses=responses,
+                 model=plain_twin(model, "sdpa"))
+    exec(snippet, names)
+
+    attention = model_utils.pool_attention(output.attentions, prompt.frame_of_token)    # (G, R, F)
+    logits = torch.stack(output.logits, 1).index_fill(-1, excluded, -INF)               # (G, R, V)
+    texts = [tokenizer.decode(response, skip_special_tokens=True) for response in responses]
+    accuracy = torch.tensor([data.accuracy_reward(text, sample) for text in texts])
+    crucial = appo.crucial_frames(attention, mask, accuracy)
+    weights = appo.perception_token_weights(attention, logits, mask, crucial)
+    assert 0 < accuracy.sum() < 8 and weights.max() > 1.5 and len(set(texts)) > 2
+    assert_close(names["attention"], attention * mask[:, :, None], rtol=0, atol=1e-6)
+    assert names["crucial"].equal(crucial)
+    assert_close(names["weights"], weights, rtol=0, atol=1e-5)
+    assert names["token_advantages"].shape == ids.shape
 
 
 def test_throughput_command(toy, tmp_path, capsys):
     """Every figure is in the file and adds up; times themselves are not judged."""
-    ballast = np.ones(2 ** 27)          # 1 GB, which must not count as the columns' memory
+    ballast = np.ones(2 ** 27)          # 1 GB, which must not count as the steps' memory
     text = measure(capsys, "throughput", "--model", toy / "model", "--random_weights", "--frames",
                    4, "--group", 4, "--new_tokens", 5, "--prompts", 2, "--repetitions", 2,
                    "--algorithms", "appo", "--against_plain", "--gradient_checkpointing",
                    "--output", tmp_path / "t.json")
-    figures = json.loads((tmp_path / "t.json").read_text())["5 tokens"]
-    assert figures["largest_difference"]["log_probs"] < 1e-5
-    assert figures["largest_difference"]["frame_attention"] < 1e-7
-    for column in ("appo", evaluate.PLAIN):
-        seconds = figures["seconds"][column]
-        assert all(len(rounds) == 2 for rounds in seconds.values())
-        for number in range(2):
-            phases = sum(seconds[phase][number] for phase in evaluate.PHASES)
-            assert seconds["step"][number] == pytest.approx(phases)
-        for phase in ("rollout", "weights", "update"):
-            assert min(seconds[phase]) > 0
+    ours, plain = json.loads((tmp_path / "t.json").read_text())["5 tokens"].values()
+    assert max(plain["difference"]) < 1e-5
+    for figures in ours, plain:
+        phases = np.sum([figures[phase] for phase in evaluate.PHASES], axis=0)
+        assert figures["step"] == pytest.approx(phases) and len(phases) == 2
+        assert min(figures["rollout"] + figures["weights"] + figures["update"]) > 0
+        assert f"{2 / np.median(figures['step']):.3f}" in text
         if Path("/proc/self/status").exists():
-            assert 0.1 < figures["peak_memory_gb"][column] < 1 < ballast.nbytes / 1e9
-        median = np.median(seconds["step"])
-        assert f"{median:.3f} ({min(seconds['step']):.3f} to {max(seconds['step']):.3f})" in text
-        assert f"{2 / median:.3f}" in text
-    speeds = np.divide(figures["seconds"]["appo"]["step"], figures["seconds"]["plain way"]["step"])
-    assert f"{np.median(speeds):.3f} ({min(speeds):.3f} to {max(speeds):.3f})" in text
+            assert 0.1 < min(figures["GB"]) < max(figures["GB"]) < 1 < ballast.nbytes / 1e9
+    for values in plain["step"], np.divide(ours["step"], plain["step"]):
+        assert f"{np.median(values):.3f} ({min(values):.3f} to {max(values):.3f})" in text
 
 
 DECORD2 = os.environ.get("APPO_DECORD2")
