@@ -828,42 +828,60 @@ def plain_training_step(run: appo.Run, groups: list[appo.Group]) -> float:
     return max(differences)
 
 
-def measure_step(options, new_tokens: int, column: str) -> dict:
-    """Figures of a step, after one to warm up.
+def measure(options, new_tokens: int, columns: list[str], rounds: int) -> dict[str, dict]:
+    """{column: {figure: [its value in each round]}}, after a round to warm up.
 
-    At learning rate 0 a step does all its work and changes no weight, so both start from the same.
+    The columns take turns within a round, so background load affects all of them equally. They
+    share model, policy and optimizer: at learning rate 0 a step does all its work and changes no
+    weight, so all start from the same.
     """
     transformers.utils.logging.disable_progress_bar()
     load = random_model if options.random_weights or not options.model else load_model
     model, tokenizer = load(options.model)
     # responses end by a token that is never sampled, so none ends
     model.generation_config.eos_token_id = model.config.vision_start_token_id
-    s = appo.Settings.of(
-        "appo" if column == PLAIN else column, prompts_per_step=options.prompts,
-        group_size=options.group, max_new_tokens=new_tokens, learning_rate=0.0,
-        max_prompt_tokens=1 << 20, cuda_graph=options.cuda_graph,
-        gradient_checkpointing=options.gradient_checkpointing)
+    if options.gradient_checkpointing:
+        model_utils.recompute_activations(model.model.language_model)
+    settings = {}
+    for column in columns:
+        settings[column] = appo.Settings.of(
+            "appo" if column == PLAIN else column, prompts_per_step=options.prompts,
+            group_size=options.group, max_new_tokens=new_tokens, learning_rate=0.0,
+            max_prompt_tokens=1 << 20, cuda_graph=options.cuda_graph,
+            gradient_checkpointing=options.gradient_checkpointing)
+    with_reference = max(settings.values(), key=lambda s: s.kl_coef)             # if any has it
     # nobody answers noise correctly, so every other response counts as correct
     outcomes = itertools.cycle([(1.0, 1.0, 1.0), (0.0, 0.0, 0.0)])
-    run = appo.Run(s, model, tokenizer, reward=lambda *_: next(outcomes))
-    batch, figures = noise_batch(options.prompts, options.frames), {}
-    if column == PLAIN:
-        if s.gradient_checkpointing:
-            model_utils.recompute_activations(model.model.language_model)
-        groups, _ = appo.collect_groups(run, itertools.repeat(batch))
-        for _ in range(2):
-            figures["difference"] = plain_training_step(run, groups)
-    else:
-        run = appo.set_up(s, model, tokenizer, run.reward)
-        for _ in range(2):
-            appo.training_step(run, itertools.repeat(batch))
-    figures |= {phase: run.seconds[phase] for phase in PHASES}
-    return figures | {"step": sum(run.seconds[phase] for phase in PHASES), "GB": peak_memory()}
+    shared = appo.Run(with_reference, model, tokenizer, reward=lambda *_: next(outcomes))
+    if columns != [PLAIN]:                                       # which needs no policy
+        shared = appo.set_up(with_reference, model, tokenizer, shared.reward)
+    batches = itertools.repeat(noise_batch(options.prompts, options.frames))
+    steps, figures = {}, {column: defaultdict(list) for column in columns}
+    for column, s in settings.items():
+        run = replace(shared, settings=s, reference=shared.reference if s.kl_coef else None)
+        steps[column] = functools.partial(appo.training_step, run, batches)
+        if column == PLAIN:
+            groups, _ = appo.collect_groups(run, batches)
+            steps[column] = functools.partial(plain_training_step, run, groups)
+    for number in tqdm(range(1 + rounds), f"{new_tokens} tokens"):
+        for column, step in steps.items():
+            result = step()
+            if number == 0:
+                continue
+            seconds = {phase: shared.seconds[phase] for phase in PHASES}    # all runs count there
+            seconds["step"] = sum(seconds.values())
+            if column == PLAIN:
+                seconds["difference"] = result
+            for name, value in seconds.items():
+                figures[column][name].append(value)
+    return figures
 
 
-def peak_memory() -> float:
-    """GB: on a GPU the most that torch held. On a CPU the most that this process held, Python and
-    torch included, which only Linux tells: `resource` would count what its parent held."""
+def peak_memory(options, new_tokens: int, column: str) -> float:
+    """GB that a column takes: on a GPU the most that torch held. On a CPU the most that the process
+    held, Python and torch included, which only Linux tells: `resource` would count what its parent
+    held."""
+    measure(options, new_tokens, [column], 1)
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     status = Path("/proc/self/status")
@@ -873,6 +891,11 @@ def peak_memory() -> float:
     return int(kilobytes) * 1024 / 1e9
 
 
+def in_new_process(function: Callable, *arguments):
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
 def with_range(values) -> str:
     return f"{np.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
@@ -880,9 +903,8 @@ def with_range(values) -> str:
 def throughput(options) -> None:
     """Tab. F: training steps on noise, with responses of fixed length.
 
-    Every step runs in a process of its own, after one to warm up. Algorithms take turns within a
-    round, so background load affects all of them equally. Figures are medians over the rounds (low
-    to high); ratios are taken within a round.
+    Figures are medians over the rounds (low to high), and ratios are taken within a round. Peak
+    memory is that of a process of its own.
     """
     columns = options.algorithms.split(",")
     for name in columns:
@@ -894,13 +916,9 @@ def throughput(options) -> None:
     result = {"device": device, "torch": torch.__version__}
     print(f"{result}; the plain way's rollout includes embed, and its optimizer is SGD")
     for new_tokens in options.new_tokens:
-        steps = {column: defaultdict(list) for column in columns}
-        rounds = [column for _ in range(options.repetitions) for column in columns]
-        for column in tqdm(rounds, f"{new_tokens} tokens"):
-            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-                figures = pool.submit(measure_step, options, new_tokens, column).result()
-            for name, value in figures.items():
-                steps[column][name].append(value)
+        steps = in_new_process(measure, options, new_tokens, columns, options.repetitions)
+        for column in columns:
+            steps[column]["GB"] = [in_new_process(peak_memory, options, new_tokens, column)]
         result[f"{new_tokens} tokens"] = steps
         if options.output:
             Path(options.output).write_text(json.dumps(result, indent=1))
@@ -1004,7 +1022,7 @@ def command_line() -> Parser:
     option("--group", "G", 8)
     option("--new_tokens", "lengths of responses, 48,512", [48], type=positives)
     option("--prompts", "groups per step", 1)
-    option("--repetitions", "rounds", 3)
+    option("--repetitions", "rounds after the warm-up", 3)
     option("--output", "also write every figure to this .json")
     return parser
 
