@@ -24,7 +24,6 @@ import shutil
 import signal
 import sys
 import time
-import types
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -36,7 +35,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from packaging.version import Version
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -63,29 +61,22 @@ def init_processes() -> tuple[int, int, torch.device]:
 
     Raises RunError if there is a GPU that torch cannot use: fp32 on the CPU would look hung.
     """
-    cuda = torch.cuda.is_available()
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
-    if not cuda and not hidden and torch.version.cuda and Path("/dev/nvidiactl").exists():
-        raise RunError(f"torch {torch.__version__} cannot use this machine's GPU; update its "
-                       "driver, install a matching torch, or hide the GPU by "
-                       'CUDA_VISIBLE_DEVICES=""')
-    device = torch.device("cpu")
-    if cuda:
+    device, backend = torch.device("cpu"), "gloo"
+    if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
         # cuDNN's backward pass of masked attention is reported to give NaN at some lengths
         # (pytorch issue 196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if several and Version(torch.__version__) < Version("2.9"):
-        raise RunError(f"torch {torch.__version__} sums the gradients of several processes where "
-                       "it should average them; install torch 2.9 or newer")
+    elif torch.version.cuda and Path("/dev/nvidiactl").exists():
+        if os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+            raise RunError(f"torch {torch.__version__} cannot use this machine's GPU; update its "
+                           "driver, install a matching torch, or hide the GPU by "
+                           'CUDA_VISIBLE_DEVICES=""')
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        if "RANK" in os.environ:
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, **alone)
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -114,7 +105,7 @@ def load_model(name: str, device: torch.device):
     try:
         config = transformers.AutoConfig.from_pretrained(name)
         if config.model_type != "qwen2_5_vl":
-            raise OSError(f"it is of type {config.model_type}, and APPO needs Qwen2.5-VL")
+            raise RunError(f"{name}: it is of type {config.model_type}; give a Qwen2.5-VL model")
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         source_files(name, local_files_only=False)  # a checkpoint copies them
         model, report = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
@@ -129,8 +120,7 @@ def load_model(name: str, device: torch.device):
                        "get the complete checkpoint")
     if getattr(config, "appo_built_in", False):
         torch.set_num_threads(1)    # operations this small mostly wait for other threads
-    model = model.to(device).eval().requires_grad_(False)
-    return prepare_model(model), tokenizer
+    return prepare_model(model.to(device).eval().requires_grad_(False)), tokenizer
 
 
 def prepare_model(model):
@@ -143,7 +133,7 @@ def prepare_model(model):
     transformers.AttentionMaskInterface.register("group_attention", sdpa_mask)
     model.set_attn_implementation("group_attention")
     for block in model.model.visual.blocks:
-        block.attn.forward = types.MethodType(attend_in_windows, block.attn)
+        block.attn.forward = partial(attend_in_windows, block.attn)
     if model.device.type == "cuda":
         # The patch embedding is a convolution whose kernel covers a whole patch. In bf16 some GPUs
         # take very long for it (transformers issue 45750), so it is a matrix product here.
@@ -169,7 +159,7 @@ def attend_in_windows(attention, hidden_states, cu_seqlens, position_embeddings,
         tokens = starts[:, None] + torch.arange(length, device=starts.device)   # (windows, length)
         windows = [x[tokens].transpose(1, 2) for x in (query, key, value)]
         attended = F.scaled_dot_product_attention(*windows, scale=attention.scaling)
-        output = output.index_put((tokens,), attended.transpose(1, 2))
+        output[tokens] = attended.transpose(1, 2)
     return attention.proj(output.flatten(1))
 
 
@@ -738,12 +728,10 @@ def shard(policy: Policy, device: torch.device, cpu_offload: bool = False) -> Po
     On a GPU, computation is in bf16 and gradients are reduced in fp32. cpu_offload: what is split
     lies in host memory, and a layer's weights are on the GPU only while they are needed.
     """
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    precision = MixedPrecisionPolicy()
-    if device.type == "cuda":
-        precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     # Gathered weights stay from the forward to the backward pass, unless memory is short.
-    options = dict(mesh=mesh, mp_policy=precision, reshard_after_forward=cpu_offload)
+    options = dict(mesh=init_device_mesh(device.type, (dist.get_world_size(),)),
+                   mp_policy=MixedPrecisionPolicy(compute_type(device), torch.float32),
+                   reshard_after_forward=cpu_offload)
     if cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     for layer in policy.language_model.layers:
@@ -754,6 +742,8 @@ def shard(policy: Policy, device: torch.device, cpu_offload: bool = False) -> Po
 @torch.no_grad()
 def refresh(model, policy: Policy) -> None:
     """Copy the policy's weights into the rollout model. A collective call."""
+    # The two are the same modules in the same order, so their parameters correspond. A weight that
+    # the embedding and the head share is one parameter in both, and comes once.
     targets = nn.ModuleList([model.model.language_model, model.lm_head]).parameters()
     for target, source in zip(targets, policy.parameters(), strict=True):
         source = source.to(target.device, target.dtype)     # before it is gathered: half the bytes
@@ -785,12 +775,31 @@ class RunFolder:
         self.unreadable = 0     # samples that could not be read
         self.not_finite: list[list[str]] = []   # samples of the last steps with a bad gradient
         self.checkpoint: Path | None = None     # to resume from
+        model = Path(settings["model"]).resolve()
         if settings["resume"]:
             self.find_checkpoint(may_differ)
-        model = Path(settings.get("model") or "").resolve()
-        if not settings["resume"] and self.path.resolve() in (model, *model.parents):
+        elif self.path.resolve() in (model, *model.parents):
             raise RunError(f"--output {self.path} holds the model {settings['model']}, and a new "
                            "run moves it aside; give another --output")
+
+    def find_checkpoint(self, may_differ: tuple[str, ...]) -> None:
+        config = self.path / "config.json"
+        if not config.exists():
+            raise RunError(f"{self.path}: no run to resume; leave out --resume or fix --output")
+        for name, before in json.loads(config.read_text())["settings"].items():
+            now = self.settings.get(name)
+            if name not in (*may_differ, "resume") and now != before:
+                raise RunError(f"--{name} is {now} and was {before} in {self.path}; resume with "
+                               "the same settings")
+        states = sorted(self.path.glob(COMPLETE))
+        if states:
+            self.checkpoint = states[-1].parent
+            state = json.loads(states[-1].read_text())
+            self.step, self.position = state["step"], state["position"]
+            self.unreadable = state["unreadable"]
+        elif (self.path / "checkpoint").exists():
+            raise RunError(f"{self.path}: the run has finished, and has no checkpoint to resume "
+                           "from; leave out --resume")
 
     def start_or_resume(self, model, policy, optimizer) -> None:
         """Prepare the folder and load the checkpoint, if there is one; the number of processes may
@@ -807,10 +816,10 @@ class RunFolder:
 
     def start(self) -> None:
         if (self.path / "config.json").exists():
-            number = 1
-            while self.path.with_name(f"{self.path.name}.{number}").exists():
+            aside, number = self.path, 0
+            while aside.exists():
                 number += 1
-            aside = self.path.with_name(f"{self.path.name}.{number}")
+                aside = self.path.with_name(f"{self.path.name}.{number}")
             self.path.rename(aside)
             print(f"the earlier run is now {aside}", file=sys.stderr)
         self.path.mkdir(parents=True, exist_ok=True)
@@ -818,37 +827,16 @@ class RunFolder:
                   "transformers": transformers.__version__, "processes": dist.get_world_size()}
         (self.path / "config.json").write_text(json.dumps(config, indent=1))
 
-    def find_checkpoint(self, may_differ: tuple[str, ...]) -> None:
-        config = self.path / "config.json"
-        if not config.exists():
-            raise RunError(f"{self.path}: no run to resume; leave out --resume or fix --output")
-        for name, before in json.loads(config.read_text())["settings"].items():
-            now = self.settings.get(name)
-            if name not in (*may_differ, "resume") and now != before:
-                raise RunError(f"--{name} is {now} and was {before} in {self.path}; resume with "
-                               "the same settings")
-        complete = [state.parent for state in sorted(self.path.glob("step-??????/state.json"))]
-        if not complete and (self.path / "checkpoint").exists():
-            raise RunError(f"{self.path}: the run has finished, and has no checkpoint to resume "
-                           "from; leave out --resume")
-        if complete:
-            self.checkpoint = complete[-1]
-            state = json.loads((self.checkpoint / "state.json").read_text())
-            self.step, self.position = state["step"], state["position"]
-            self.unreadable = state["unreadable"]
-
     def cut_logs(self) -> None:
         """Drop what was logged after the checkpoint; a killed run may end in half a line."""
         for name in ("metrics", "samples", "skipped", "held_out"):
-            log = self.path / f"{name}.jsonl"
+            log, cut = self.path / f"{name}.jsonl", self.path / f"{name}.cut"
             if not log.exists():
                 continue
-            lines = log.read_text().splitlines(keepends=True)
-            complete = [line for line in lines if line.endswith("\n")]
-            before = []
-            if self.checkpoint is not None:
-                before = [line for line in complete if json.loads(line)["step"] <= self.step]
-            cut = log.with_suffix(".cut")
+            complete = [line for line in log.read_text().splitlines(True) if line.endswith("\n")]
+            before = [line for line in complete if json.loads(line)["step"] <= self.step]
+            if self.checkpoint is None:
+                before = []     # not even step 0 is kept: it is done again
             cut.write_text("".join(before))
             cut.replace(log)
 
@@ -865,7 +853,7 @@ class RunFolder:
             raise RunError(f"{self.unreadable} of {self.position} samples could not be read, over "
                            f"5%; fix the videos listed in {self.path / 'skipped.jsonl'}")
         self.not_finite.append(sample_ids)
-        if torch.tensor(grad_norm).isfinite():
+        if math.isfinite(grad_norm):
             self.not_finite.clear()
         if len(self.not_finite) == 3:
             raise RunError("the gradient was not finite in 3 steps in a row; look at the samples "
@@ -887,15 +875,64 @@ class RunFolder:
         dist.barrier()
 
 
-def save_training_state(folder: Path, policy, optimizer) -> None:
-    """The policy's weights and the optimizer's moments, by all processes together."""
+COMPLETE = "step-??????/state.json"     # in a run folder, of each checkpoint to resume from
+# All that a Hugging Face folder of Qwen2.5-VL may hold beside the weights.
+SOURCE_FILES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
+    "chat_template.jinja", "chat_template.json", "preprocessor_config.json",
+    "video_preprocessor_config.json", "processor_config.json")
+
+
+def source_files(source: str, local_files_only: bool) -> list[Path]:
+    """The files of a model beside its weights; those of the hub are fetched into its cache."""
+    paths = [cached_file(source, name, local_files_only=local_files_only,
+                         _raise_exceptions_for_missing_entries=False) for name in SOURCE_FILES]
+    return [Path(path) for path in paths if path is not None]
+
+
+def save_checkpoint(folder: Path, model, tokenizer, source: str | None, policy=None,
+                    optimizer=None, state: dict | None = None) -> None:
+    """Write an ordinary Hugging Face folder; with a policy, also what a run resumes from: the
+    policy's weights and the optimizer's moments, by all processes together, and the state.
+
+    The files beside the weights are those of the `source` model, unchanged, so whatever loads the
+    source loads the checkpoint. All is written to a folder beside, which is renamed when complete.
+    """
     import torch.distributed.checkpoint as checkpoints                      # slow to import
     from torch.distributed.checkpoint.state_dict import get_state_dict
+    partial_folder = folder.with_name(f"{folder.name}.partial")
+    writes = not dist.is_initialized() or dist.get_rank() == 0
     try:
-        weights, moments = get_state_dict(policy, optimizer)
-        checkpoints.save({"policy": weights, "optimizer": moments}, checkpoint_id=folder)
-    except checkpoints.CheckpointException as error:
-        raise OSError(str(error)) from error
+        if writes:
+            shutil.rmtree(partial_folder, ignore_errors=True)
+            model.save_pretrained(partial_folder)
+        if writes and source is None:
+            tokenizer.save_pretrained(partial_folder)
+        elif writes:
+            for name in SOURCE_FILES:       # transformers writes some of them anew
+                (partial_folder / name).unlink(missing_ok=True)
+            for file in source_files(source, local_files_only=True):
+                shutil.copyfile(file, partial_folder / file.name)
+            if not (partial_folder / "config.json").exists():
+                raise RunError(f"{source}: its files are gone, and a checkpoint copies them; put "
+                               "them back and continue with --resume")
+        if policy is not None:
+            weights, moments = get_state_dict(policy, optimizer)
+            checkpoints.save({"policy": weights, "optimizer": moments},
+                             checkpoint_id=partial_folder / "training")
+        if writes:
+            if state is not None:
+                (partial_folder / "state.json").write_text(json.dumps(state))
+            if folder.exists():
+                shutil.rmtree(folder)
+            partial_folder.rename(folder)
+    except (OSError, SafetensorError, checkpoints.CheckpointException) as error:
+        reason = " ".join(str(error).split())[-300:]    # the cause comes last
+        fix = "make room on the disk"
+        if any(folder.parent.glob(COMPLETE)):
+            fix += ". The last complete checkpoint is intact, continue with --resume"
+        raise RunError(f"{folder}: cannot be written ({reason}); {fix}") from error
 
 
 def load_training_state(folder: Path, policy, optimizer) -> None:
@@ -906,90 +943,29 @@ def load_training_state(folder: Path, policy, optimizer) -> None:
     set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments)
 
 
-# All that a Hugging Face folder of Qwen2.5-VL may hold beside the weights.
-SOURCE_FILES = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
-    "chat_template.jinja", "chat_template.json", "preprocessor_config.json",
-    "video_preprocessor_config.json", "processor_config.json")
-
-
-def save_checkpoint(folder: Path, model, tokenizer, source: str | None, policy=None,
-                    optimizer=None, state: dict | None = None) -> None:
-    """Write an ordinary Hugging Face folder; with a policy, also what a run resumes from.
-
-    The files beside the weights are those of the `source` model, unchanged, so whatever loads the
-    source loads the checkpoint. All is written to a folder beside, which is renamed when complete.
-    """
-    folder = Path(folder)
-    partial_folder = Path(f"{folder}.partial")
-    writes = not dist.is_initialized() or dist.get_rank() == 0
-    try:
-        if writes:
-            shutil.rmtree(partial_folder, ignore_errors=True)
-            model.save_pretrained(partial_folder)
-            if source is None:
-                tokenizer.save_pretrained(partial_folder)
-            else:
-                copy_source_files(source, partial_folder)
-        if policy is not None:
-            save_training_state(partial_folder / "training", policy, optimizer)
-        if writes:
-            if state is not None:
-                (partial_folder / "state.json").write_text(json.dumps(state))
-            if folder.exists():
-                shutil.rmtree(folder)
-            partial_folder.rename(folder)
-    except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[-300:]    # the cause comes last
-        raise RunError(f"{folder}: cannot be written ({reason}); make room on the disk. The last "
-                       "complete checkpoint is intact, continue with --resume") from error
-
-
-def source_files(source: str, local_files_only: bool) -> dict[str, str]:
-    """The path of each file beside the weights; files of the hub are fetched into its cache."""
-    paths = {}
-    for name in SOURCE_FILES:
-        path = cached_file(source, name, local_files_only=local_files_only,
-                           _raise_exceptions_for_missing_entries=False)
-        if path is not None:
-            paths[name] = path
-    return paths
-
-
-def copy_source_files(source: str, folder: Path) -> None:
-    for written in [*folder.glob("config.json"), *folder.glob("generation_config.json")]:
-        written.unlink()
-    files = source_files(source, local_files_only=True)
-    if "config.json" not in files:
-        raise RunError(f"{source}: its files are gone, and a checkpoint copies them; put them back "
-                       "and continue with --resume")
-    for name, path in files.items():
-        shutil.copyfile(path, folder / name)
-
-
 class StopRequest:
     """Whether a signal requested a stop."""
-
-    def __init__(self):
-        self.requested, self.at = False, 0.0
+    requested, since = False, 0.0
 
     def on_signal(self, number: int, _) -> None:
         """First signal: stop after this training step. Another one, more than 5 s later: exit at
         once. A job manager and torchrun may both send the first one."""
-        if self.requested and time.monotonic() > self.at + 5:
+        if not self.requested:
+            self.requested, self.since = True, time.monotonic()
+        elif time.monotonic() > self.since + 5:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        if not self.requested:
-            self.requested, self.at = True, time.monotonic()
 
 
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """Inside, SIGINT and SIGTERM request a stop; afterwards the handlers are as before."""
+    """Inside, SIGINT, SIGTERM and SIGHUP request a stop; afterwards the handlers are as before.
+    One that is ignored stays so: under nohup a run outlives its terminal."""
     request, before = StopRequest(), {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, request.on_signal)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        before[number] = signal.getsignal(number)
+        if before[number] != signal.SIG_IGN:
+            signal.signal(number, request.on_signal)
     try:
         yield request
     finally:
