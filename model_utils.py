@@ -295,9 +295,9 @@ def sampling_logits(logits: Tensor, excluded: Tensor, temperature: float) -> Ten
 def hidden_states(language_model, embeds: Tensor, positions: Tensor, attend: Callable) -> Tensor:
     """The last hidden states of the language model, whose layers attend by `attend`.
 
-    embeds (B, L, H), positions (3, B, L);
-    attend(layer, query (B, heads, L, D), key (B, kv_heads, L, D), value, scaling)
-        -> (B, L, heads, D) -> (B, L, H)
+    embeds (B, L, H), positions (3, B, L); attend(layer, query (B, L, heads, D),
+    key (B, L, kv_heads, D), value, scaling) -> (B, L, heads, D)
+    -> (B, L, H)
     """
     no_mask = {"full_attention": None}      # transformers need not build one
     output = language_model(inputs_embeds=embeds, position_ids=positions, use_cache=False,
@@ -313,16 +313,19 @@ def group_attention(module, query, key, value, attention_mask, scaling,
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
                                       **kwargs)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     return attend(module.layer_idx, query, key, value, scaling), None
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """(B, heads, Q, D) queries over K >= Q keys; the last query sees all keys -> (B, Q, heads, D)
+    """query (B, Q, heads, D), key and value (B, K, kv_heads, D) -> (B, Q, heads, D)
 
-    Fused kernels, whose memory does not grow with Q * K; on a GPU flash attention.
+    K >= Q, and the last query sees all keys. Fused kernels, whose memory does not grow with
+    Q * K; on a GPU flash attention.
     """
     from torch.nn.attention.bias import causal_lower_right      # slow to import
-    mask = causal_lower_right(query.shape[2], key.shape[2])
+    mask = causal_lower_right(query.shape[1], key.shape[1])
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling,
                                             enable_gqa=True)
     return output.transpose(1, 2)
@@ -375,37 +378,34 @@ class PackedGroup:
         rows[self.row, self.column] = values
         return rows
 
-    def rows(self, sequence: Tensor) -> Tensor:
-        """(1, heads, P + T, D) -> the responses, (G, heads, R, D)"""
-        return self.unpack(sequence[0, :, self.prompt_length:].transpose(0, 1)).transpose(1, 2)
-
-    def rows_after_prompt(self, sequence: Tensor) -> Tensor:
-        """(1, heads, P + T, D) -> the responses, each after the prompt, (G, heads, P + R, D)"""
-        prompt = sequence[:, :, :self.prompt_length].expand(len(self.response_mask), -1, -1, -1)
-        return torch.cat([prompt, self.rows(sequence)], dim=2)
+    def after_prompt(self, sequence: Tensor) -> Tensor:
+        """(P + T, heads, D) -> the responses, each after the prompt, (G, P + R, heads, D)"""
+        P, G = self.prompt_length, len(self.response_mask)
+        prompts = sequence[:P].expand(G, -1, -1, -1)
+        return torch.cat([prompts, self.unpack(sequence[P:])], dim=1)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor,
                scaling: float) -> Tensor:
         """Of B = 1 sequence of L = P + T tokens: see `hidden_states`."""
-        prompt_parts = [x[:, :, :self.prompt_length] for x in (query, key, value)]
-        prompt_output = causal_attention(*prompt_parts, scaling)                # (1, P, heads, D)
-        keys, values = self.rows_after_prompt(key), self.rows_after_prompt(value)
-        output = causal_attention(self.rows(query), keys, values, scaling)      # (G, R, heads, D)
+        P = self.prompt_length
+        prompt_output = causal_attention(query[:, :P], key[:, :P], value[:, :P], scaling)
+        keys, values = self.after_prompt(key[0]), self.after_prompt(value[0])
+        output = causal_attention(self.unpack(query[0, P:]), keys, values, scaling)
         if layer in self.read_layers:
-            self.read_frames(query, keys, scaling)
+            self.read_frames(query[0], keys, scaling)
         return torch.cat([prompt_output[0], output[self.row, self.column]])[None]
 
     def read_frames(self, query: Tensor, keys: Tensor, scaling: float) -> None:
-        """Note a layer's attention to the frames, of the query that predicted each token."""
-        _, kv_heads, length, _ = keys.shape
-        R = length - self.prompt_length
-        query = self.unpack(query[0].transpose(0, 1)[self.before])              # (G, R, heads, D)
-        query = query.transpose(1, 2).unflatten(1, (kv_heads, -1))              # (G, kv, s, R, D)
-        scores = attention_scores(query.flatten(2, 3), keys) * scaling
-        scores = scores.unflatten(2, (-1, R))                           # (G, kv, s, R, P + R)
-        visible = torch.ones(R, length, dtype=torch.bool, device=keys.device)
-        visible = visible.tril(self.prompt_length - 1)
-        weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+        """Note a layer's attention to the frames, of the query that predicted each token.
+
+        query (P + T, heads, D), keys (G, P + R, kv_heads, D)
+        """
+        keys = keys.transpose(1, 2)                                             # (G, kv, P + R, D)
+        query = self.unpack(query[self.before]).transpose(1, 2)                 # (G, heads, R, D)
+        query = query.unflatten(1, (keys.shape[1], -1))                         # (G, kv, s, R, D)
+        scores = attention_scores(query.flatten(2, 3), keys).unflatten(2, query.shape[2:4])
+        hidden = torch.ones_like(scores[0, 0, 0], dtype=torch.bool).triu(self.prompt_length)
+        weights = (scores * scaling).masked_fill(hidden, -torch.inf).softmax(-1)
         to_prompt = weights[..., :self.prompt_length].mean((1, 2))              # (G, R, P)
         pooling = frame_pooling(self.prompt.frame_of_token, self.prompt.num_frames)
         self.frame_attention.append(to_prompt @ pooling)
@@ -453,8 +453,8 @@ class DecodingCache:
     def prefill(self, number: int, layer: int, query: Tensor, key: Tensor, value: Tensor,
                 scaling: float) -> Tensor:
         """Attention of prompt `number` to itself; its keys and values are stored."""
-        stored = self.prompt[layer, :, number, :, :key.shape[2]]                # (2, kv, P - 1, D)
-        stored[0], stored[1] = key[0], value[0]
+        stored = self.prompt[layer, :, number, :, :key.shape[1]].transpose(1, 2)
+        stored[0], stored[1] = key[0], value[0]                                 # (P - 1, kv, D)
         return causal_attention(query, key, value, scaling)
 
     def decode(self, layer: int, query: Tensor, key: Tensor, value: Tensor,
@@ -519,22 +519,68 @@ def rollout(model, prompts: list[EncodedPrompt], uniforms: Tensor, *, temperatur
         last prompt token and the response; places still to come repeat the last prompt token.
     cuda_graph: record decoding on a GPU and replay it, `choose` with it.
     """
-    decoder = Decoder(model, prompts, uniforms, temperature, attention_layers, choose)
-    max_new_tokens = uniforms.shape[-1]
-    on_gpu = model.device.type == "cuda"
-    for t in range(max_new_tokens):
-        if t % BLOCK == 0:
-            next_token = decoder.next_token
-            decoder.cache.keys_read = min(t + BLOCK, max_new_tokens)
-        elif t % BLOCK == 1 and cuda_graph and on_gpu:
+    N, G, max_new_tokens = uniforms.shape
+    device, language_model = model.device, model.model.language_model
+    ends, excluded = end_token_ids(model), excluded_token_ids(model)
+    cache = DecodingCache(language_model, prompts, G, max_new_tokens, attention_layers)
+    t = cache.t
+    uniforms = uniforms.to(device).flatten(0, 1)                                # (B, R)
+    log_probs = torch.zeros(uniforms.shape, device=device)                      # (B, R)
+    entropy = torch.zeros_like(log_probs)
+    # The tokens that are fed are the last one of the prompt and those of the response.
+    last_ids = torch.stack([prompt.input_ids[-1:] for prompt in prompts])       # (N, 1)
+    ids = last_ids.repeat_interleave(G, dim=0).repeat(1, 1 + max_new_tokens)    # (B, 1 + R)
+    positions = []
+    for prompt in prompts:
+        of_response = prompt.next_position + torch.arange(max_new_tokens - 1, device=device)
+        positions.append(torch.cat([prompt.positions[:, -1:], of_response.expand(3, -1)], dim=1))
+    positions = torch.stack(positions, dim=1).repeat_interleave(G, dim=1)       # (3, B, R)
+
+    def next_token() -> None:
+        """Feed the last token of every row and sample the next one. All stays on the device, and
+        what outlives the call is written in place: so a CUDA graph can replay it."""
+        embeds = language_model.embed_tokens(ids.index_select(1, t))            # (B, 1, H)
+        hidden = hidden_states(language_model, embeds, positions.index_select(2, t), cache.decode)
+        logits = sampling_logits(model.lm_head(hidden[:, 0]), excluded, temperature)    # (B, V)
+        new_log_probs = logits.log_softmax(-1)
+        probs = new_log_probs.exp()
+        if choose is None:
+            cumulative = probs.cumsum(-1, dtype=torch.float64)
+            threshold = uniforms.index_select(1, t) * cumulative[:, -1:]
+            sampled = torch.searchsorted(cumulative, threshold, right=True)     # (B, 1)
+            sampled = sampled.clamp(max=logits.shape[-1] - 1)
+        else:
+            sampled = choose(logits, ids)[:, None]
+        ids.index_copy_(1, t + 1, sampled)
+        log_probs.index_copy_(1, t, new_log_probs.gather(-1, sampled))
+        entropy.index_copy_(1, t, torch.special.entr(probs).sum(-1, keepdim=True))
+        t.add_(1)
+
+    on_gpu = device.type == "cuda"
+    for count in range(1, max_new_tokens + 1):
+        if count % BLOCK == 1:
+            run = next_token
+            cache.keys_read = min(count - 1 + BLOCK, max_new_tokens)
+        elif count % BLOCK == 2 and cuda_graph and on_gpu:
             # The token before it ran eagerly with as many keys, which was the warm-up. Recording
             # computes nothing; the replays compute this token and the rest of the block.
-            next_token = recorded(decoder.next_token)
-        next_token()
+            run = recorded(next_token)
+        run()
         # Asking a GPU makes the host wait for it, so it is not asked after every token.
-        if (t % 8 == 7 or not on_gpu) and decoder.is_end(t + 1).any(1).all():
-            break
-    return decoder.rollouts(t + 1)
+        if count % 8 == 0 or not on_gpu:
+            if torch.isin(ids[:, 1:count + 1], ends).any(1).all():
+                break
+    is_end = torch.isin(ids[:, 1:count + 1], ends).long()
+    masks = is_end.cumsum(1) - is_end == 0      # no end token stands before it
+    rollouts = []
+    for i, prompt in enumerate(prompts):        # cut to the longest response of each group
+        rows = slice(i * G, (i + 1) * G)
+        R = int(masks[rows].sum(1).max())
+        mask = masks[rows, :R]
+        response = [x[rows, :R].where(mask, 0) for x in (ids[:, 1:], log_probs, entropy)]
+        attention = cache.frame_attention[i, :, :R, :prompt.num_frames] * mask[:, :, None]
+        rollouts.append(Rollout(prompt, response[0], mask, *response[1:], attention))
+    return rollouts
 
 
 def recorded(function: Callable[[], None]) -> Callable[[], None]:
@@ -544,69 +590,6 @@ def recorded(function: Callable[[], None]) -> Callable[[], None]:
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         function()
     return graph.replay
-
-
-class Decoder:
-    """The state of a rollout. Everything stays on the device and at its address."""
-
-    def __init__(self, model, prompts, uniforms, temperature, attention_layers, choose):
-        N, G, max_new_tokens = uniforms.shape
-        self.language_model, self.lm_head = model.model.language_model, model.lm_head
-        self.prompts, self.temperature, self.choose = prompts, temperature, choose
-        self.ends, self.excluded = end_token_ids(model), excluded_token_ids(model)
-        self.cache = DecodingCache(self.language_model, prompts, G, max_new_tokens,
-                                   attention_layers)
-        positions = []      # of the tokens that are fed: the prompt's last, then the response's
-        for prompt in prompts:
-            response = prompt.next_position + torch.arange(max_new_tokens - 1, device=model.device)
-            positions.append(torch.cat([prompt.positions[:, -1:], response.expand(3, -1)], dim=1))
-        self.positions = torch.stack(positions, dim=1).repeat_interleave(G, dim=1)  # (3, B, R)
-        last_ids = torch.stack([prompt.input_ids[-1:] for prompt in prompts])       # (N, 1)
-        self.ids = last_ids.repeat_interleave(G, dim=0).repeat(1, 1 + max_new_tokens)
-        self.uniforms = uniforms.to(model.device).flatten(0, 1)                     # (B, R)
-        self.log_probs = torch.zeros(self.uniforms.shape, device=model.device)
-        self.entropy = torch.zeros_like(self.log_probs)
-
-    def next_token(self) -> None:
-        """Feed the last token of every row and sample the next one."""
-        t = self.cache.t
-        embeds = self.language_model.embed_tokens(self.ids.index_select(1, t))      # (B, 1, H)
-        hidden = hidden_states(self.language_model, embeds, self.positions.index_select(2, t),
-                               self.cache.decode)
-        logits = sampling_logits(self.lm_head(hidden[:, 0]), self.excluded, self.temperature)
-        log_probs = logits.log_softmax(-1)                                          # (B, V)
-        probs = log_probs.exp()
-        if self.choose is None:
-            cumulative = probs.cumsum(-1, dtype=torch.float64)
-            threshold = self.uniforms.index_select(1, t) * cumulative[:, -1:]
-            sampled = torch.searchsorted(cumulative, threshold, right=True)         # (B, 1)
-            sampled = sampled.clamp(max=logits.shape[-1] - 1)
-        else:
-            sampled = self.choose(logits, self.ids)[:, None]
-        self.ids.index_copy_(1, t + 1, sampled)
-        self.log_probs.index_copy_(1, t, log_probs.gather(-1, sampled))
-        self.entropy.index_copy_(1, t, torch.special.entr(probs).sum(-1, keepdim=True))
-        t.add_(1)
-
-    def is_end(self, count: int) -> Tensor:
-        """bool (B, count): which of the sampled tokens end a response."""
-        return torch.isin(self.ids[:, 1:count + 1], self.ends)
-
-    def rollouts(self, count: int) -> list[Rollout]:
-        """The responses of each prompt, of `count` sampled tokens cut to the longest of its group.
-        """
-        is_end = self.is_end(count).long()
-        masks = is_end.cumsum(1) - is_end == 0      # no end token stands before it
-        rollouts, G = [], len(masks) // len(self.prompts)
-        for i, prompt in enumerate(self.prompts):
-            rows = slice(i * G, (i + 1) * G)
-            R = int(masks[rows].sum(1).max())
-            mask = masks[rows, :R]
-            ids, log_probs, entropy = (x[rows, :R].where(mask, 0)
-                                       for x in (self.ids[:, 1:], self.log_probs, self.entropy))
-            attention = self.cache.frame_attention[i, :, :R, :prompt.num_frames] * mask[:, :, None]
-            rollouts.append(Rollout(prompt, ids, mask, log_probs, entropy, attention))
-        return rollouts
 
 
 # ------------------------------------------------- log-probabilities of a group, and its attention
