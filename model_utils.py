@@ -266,8 +266,8 @@ def frame_pooling(frame_of_token: Tensor, num_frames: int) -> Tensor:
 
 def end_token_ids(model) -> Tensor:
     """Ids that end a response (Qwen: <|im_end|> and <|endoftext|>)."""
-    ids = model.generation_config.eos_token_id
-    return torch.tensor(ids if isinstance(ids, list) else [ids], device=model.device)
+    one_or_several = model.generation_config.eos_token_id
+    return torch.tensor(one_or_several, device=model.device).flatten()
 
 
 def excluded_token_ids(model) -> Tensor:
@@ -461,14 +461,11 @@ class DecodingCache:
                scaling: float) -> Tensor:
         """Attention of one new token per row, computed eagerly so that its weights can be read."""
         N, kv_heads, G, _, head_dim = self.response[layer, 0].shape
-        # (N, kv, G, s, D): s query heads share a key head; 1 key.
         query, key, value = (x.view(N, G, kv_heads, -1, head_dim).transpose(1, 2)
-                             for x in (query, key, value))
+                             for x in (query, key, value))      # (N, kv, G, s or 1, D)
         prompt_keys, prompt_values = self.prompt[layer]                         # (N, kv, P, D)
-        keys, values = self.response[layer]
-        keys.index_copy_(3, self.t, key)
-        values.index_copy_(3, self.t, value)
-        keys, values = self.response[layer, ..., :self.keys_read, :]            # (N, kv, G, t, D)
+        self.response[layer].index_copy_(4, self.t, torch.stack([key, value]))
+        keys, values = self.response[layer, ..., :self.keys_read, :]            # (N, kv, G, R, D)
         P = prompt_keys.shape[2]
         self.hidden.index_fill_(-1, P + self.t, False)
         prompt_scores = attention_scores(query.flatten(2, 3), prompt_keys).unflatten(2, (G, -1))
@@ -874,6 +871,16 @@ def source_files(source: str, local_files_only: bool) -> list[Path]:
     return [Path(path) for path in paths if path is not None]
 
 
+def copy_source_files(source: str, folder: Path) -> None:
+    for name in SOURCE_FILES:       # transformers has written some of them anew
+        (folder / name).unlink(missing_ok=True)
+    for file in source_files(source, local_files_only=True):
+        shutil.copyfile(file, folder / file.name)
+    if not (folder / "config.json").exists():
+        raise RunError(f"{source}: its files are gone, and a checkpoint copies them; put them back "
+                       "and continue with --resume")
+
+
 def save_checkpoint(folder: Path, model, tokenizer, source: str | None, policy=None,
                     optimizer=None, state: dict | None = None) -> None:
     """Write an ordinary Hugging Face folder; with a policy, also what a run resumes from: the
@@ -890,16 +897,10 @@ def save_checkpoint(folder: Path, model, tokenizer, source: str | None, policy=N
         if writes:
             shutil.rmtree(partial_folder, ignore_errors=True)
             model.save_pretrained(partial_folder)
-        if writes and source is None:
-            tokenizer.save_pretrained(partial_folder)
-        elif writes:
-            for name in SOURCE_FILES:       # transformers writes some of them anew
-                (partial_folder / name).unlink(missing_ok=True)
-            for file in source_files(source, local_files_only=True):
-                shutil.copyfile(file, partial_folder / file.name)
-            if not (partial_folder / "config.json").exists():
-                raise RunError(f"{source}: its files are gone, and a checkpoint copies them; put "
-                               "them back and continue with --resume")
+            if source is None:
+                tokenizer.save_pretrained(partial_folder)
+            else:
+                copy_source_files(source, partial_folder)
         if policy is not None:
             weights, moments = get_state_dict(policy, optimizer)
             checkpoints.save({"policy": weights, "optimizer": moments},
@@ -927,32 +928,32 @@ def load_training_state(folder: Path, policy, optimizer) -> None:
 
 
 class StopRequest:
-    """Whether a signal requested a stop."""
+    """Whether a signal requested a stop, and since when."""
     requested, since = False, 0.0
-
-    def on_signal(self, number: int, _) -> None:
-        """First signal: stop after this training step. Another one, more than 5 s later: exit at
-        once. A job manager and torchrun may both send the first one."""
-        if not self.requested:
-            self.requested, self.since = True, time.monotonic()
-        elif time.monotonic() > self.since + 5:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
 
 
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """Inside, SIGINT, SIGTERM and SIGHUP request a stop; afterwards the handlers are as before.
-    One that is ignored stays so: under nohup a run outlives its terminal."""
-    request, before = StopRequest(), {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        before[number] = signal.getsignal(number)
-        if before[number] != signal.SIG_IGN:
-            signal.signal(number, request.on_signal)
+    """Inside, SIGINT, SIGTERM and SIGHUP request a stop after this training step. Another one, more
+    than 5 s later, exits at once: a job manager and torchrun may both send the first one."""
+    stop = StopRequest()
+
+    def on_signal(number: int, _) -> None:
+        if not stop.requested:
+            stop.requested, stop.since = True, time.monotonic()
+        elif time.monotonic() > stop.since + 5:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    for number, handler in zip(numbers, before):
+        if handler != signal.SIG_IGN:       # under nohup a run outlives its terminal
+            signal.signal(number, on_signal)
     try:
-        yield request
+        yield stop
     finally:
-        for number, handler in before.items():
+        for number, handler in zip(numbers, before):
             signal.signal(number, handler)
 
 
