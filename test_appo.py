@@ -427,25 +427,22 @@ def make_prompt(words, video=None, image=None, seconds=1.25):
     `visual` is what transformers' model wants to know of them.
     """
     rng = torch.Generator().manual_seed(words)
-    ids, frames, patches, visual = [1, WORD], [-1, -1], [torch.zeros(0, 1176)], {}
-    for token, grid, name in (VIDEO, video, "video_"), (IMAGE, image, "image_"):
-        if grid is None:
-            continue
-        for frame in range(grid[0]):
-            count = grid[1] * grid[2] // 4
-            ids += [token] * count
-            frames += [frame if token == VIDEO else -1] * count
-        ids.append(WORD)
-        frames.append(-1)
-        patches.append(torch.randn(math.prod(grid), 1176, generator=rng))
-        values = "pixel_values_videos" if token == VIDEO else "pixel_values"
-        visual |= {f"{name}grid_thw": torch.tensor([grid]), values: patches[-1]}
-    ids += torch.randint(8, 80, (words,), generator=rng).tolist()
+    ids, patches, visual = [1, WORD], [torch.zeros(0, 1176)], {}
+    for token, grid, grid_name, name in (
+            (VIDEO, video, "video_grid_thw", "pixel_values_videos"),
+            (IMAGE, image, "image_grid_thw", "pixel_values")):
+        if grid:
+            ids += [token] * (math.prod(grid) // 4) + [WORD]
+            patches.append(torch.randn(math.prod(grid), 1176, generator=rng))
+            visual |= {grid_name: torch.tensor([grid]), name: patches[-1]}
+    ids = torch.tensor(ids + torch.randint(8, 80, (words,), generator=rng).tolist())
+    num_frames, height, width = video or (0, 2, 2)
+    frames = torch.full_like(ids, -1)
+    frames[ids == VIDEO] = torch.arange(num_frames).repeat_interleave(height * width // 4)
     return SimpleNamespace(
-        input_ids=torch.tensor(ids), frame_of_token=torch.tensor(frames + [-1] * words),
+        input_ids=ids, frame_of_token=frames, num_frames=num_frames, visual=visual,
         patches=torch.cat(patches), video_grids=[video] if video else [],
-        image_grids=[image] if image else [], seconds_per_grid=[seconds] if video else [],
-        num_frames=video[0] if video else 0, visual=visual)
+        image_grids=[image] if image else [], seconds_per_grid=[seconds] if video else [])
 
 
 def make_prompts():
@@ -458,30 +455,11 @@ def random_numbers(*shape):
     return torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-def plain_forward(twin, prompt, response, temperature, layers=2):
-    """transformers' own eager forward pass over prompt and response, at our positions.
-
-    -> (log-probabilities (R,), logits (R, V), attention to frames (R, F))
-    """
-    config, P = twin.config, len(prompt.input_ids)
-    positions, start = model_utils.mrope_positions(
-        prompt.input_ids, prompt.video_grids, prompt.image_grids, prompt.seconds_per_grid, config)
-    after = (start + torch.arange(len(response))).expand(3, -1)
-    output = twin(input_ids=torch.cat([prompt.input_ids, response])[None], use_cache=False,
-                  position_ids=torch.cat([positions, after], 1)[:, None], output_attentions=True,
-                  **prompt.visual)
-    logits = output.logits[0, P - 1:-1] / temperature
-    logits[:, 3:7] = -INF                                   # the visual tokens
-    attention = torch.stack([x[0].mean(0)[P - 1:-1] for x in output.attentions[-layers:]]).mean(0)
-    frames = [attention[:, :P][:, prompt.frame_of_token == frame].mean(1)
-              for frame in range(prompt.num_frames)]
-    frames = torch.stack(frames, 1) if frames else torch.zeros(len(response), 0)
-    return logits.log_softmax(-1).gather(1, response[:, None])[:, 0], logits, frames
+def random_words(*shape):
+    return torch.randint(8, 80, shape, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("ids, videos, images, seconds, expected, following", [
-    ([WORD, WORD] + [VIDEO] * 4 + [WORD], [(2, 2, 4)], [], [1.5],
-     [[0, 1, 2, 2, 5, 5, 6], [0, 1, 2, 2, 2, 2, 6], [0, 1, 2, 3, 2, 3, 6]], 7),
     # 22 s in 16 sampled frames: 2.75 s a frame, at 2 positions a second. The text goes on after
     # the last frame, not after height and width.
     ([WORD] + [VIDEO] * 3 + [WORD], [(3, 2, 2)], [], [2.75],
@@ -498,57 +476,97 @@ def test_positions(tiny, ids, videos, images, seconds, expected, following):
 
 
 def test_positions_are_those_of_transformers_up_to_the_end_of_the_video(tiny):
-    prompt = make_prompt(5, (3, 4, 4))
+    prompt = make_prompt(5, (3, 4, 4), seconds=2.0)
     kinds = 2 * (prompt.input_ids == VIDEO).int()[None]
     theirs, _ = tiny[0].model.get_rope_index(
         prompt.input_ids[None], kinds, video_grid_thw=torch.tensor(prompt.video_grids),
         second_per_grid_ts=torch.tensor([2.0]))
-    ours, _ = model_utils.mrope_positions(prompt.input_ids, prompt.video_grids, [], [2.0],
-                                          tiny[0].config)
+    encoded, = model_utils.encode_prompts(tiny[0], [prompt])
     end = int(kinds.nonzero().max()) + 1
-    assert torch.equal(theirs[:, 0, :end], ours[:, :end])
+    assert torch.equal(theirs[:, 0, :end], encoded.positions[:, :end])
+
+
+def plain_forward(twin, prompt, encoded, response, temperature):
+    """transformers' own eager forward pass over prompt and response, at our positions.
+
+    -> (log-probabilities (R,), logits (R, V), attention of two layers to each frame [(R,)])
+    """
+    P = len(prompt.input_ids)
+    after = (encoded.next_position + torch.arange(len(response))).expand(3, -1)
+    output = twin(input_ids=torch.cat([prompt.input_ids, response])[None], use_cache=False,
+                  position_ids=torch.cat([encoded.positions, after], 1)[:, None],
+                  output_attentions=True, **prompt.visual)
+    logits = output.logits[0, P - 1:-1] / temperature
+    logits[:, 3:7] = -INF                                   # the visual tokens
+    log_probs = logits.log_softmax(-1).gather(1, response[:, None])[:, 0]
+    attention = torch.stack(output.attentions[-2:]).mean((0, 1, 2))[P - 1:-1, :P]       # (R, P)
+    frames = [attention[:, prompt.frame_of_token == frame].mean(1)
+              for frame in range(prompt.num_frames)]
+    return log_probs, logits, frames
+
+
+@pytest.mark.parametrize("lengths", [(7, 1, 4, 6), (5,)])
+def test_policy_equals_the_plain_forward_pass(tiny, lengths):
+    """All of a packed group, its gradients too, is that of its sequences."""
+    model, twin = tiny
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    ids, slopes = random_words(*mask.shape), random_numbers(*mask.shape).float()
+    for prompt in make_prompts():
+        policy = model_utils.Policy(model, temperature=0.8)
+        encoded, = model_utils.encode_prompts(model, [prompt])
+        log_probs, logits = policy(encoded, ids, mask, keep_logits=True)
+        attention = model_utils.frame_attention(policy, encoded, ids, mask, layers=2)
+        (log_probs * slopes).sum().backward()
+        twin.zero_grad()
+        for g, real in enumerate(mask):
+            expected, *others = plain_forward(twin, prompt, encoded, ids[g, real], 0.8)
+            (expected * slopes[g, real]).sum().backward()
+            assert_close(log_probs[g, real].detach(), expected.detach(), atol=1e-5)
+            assert_close(logits[g, real], others[0].detach(), atol=1e-5)
+            for frame, expected in enumerate(others[1]):
+                assert_close(attention[g, real, frame], expected.detach(), atol=1e-7)
+        assert not log_probs[~mask].any() and not attention[~mask].any()
+        gradients = dict(twin.named_parameters())
+        for name, weight in policy.named_parameters():
+            expected = gradients[name if name.startswith("lm_head") else f"model.{name}"].grad
+            scale = float(expected.abs().max())
+            assert_close(weight.grad, expected, atol=max(1e-5 * scale, 1e-7), rtol=0)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_rollout_equals_the_plain_forward_pass(tiny, temperature):
-    """Sampled token by token, padded and together, or all at once and separately: the same."""
-    model, twin = tiny
-    prompts = make_prompts()
-    encoded, numbers = model_utils.encode_prompts(model, prompts), random_numbers(5, 3, 12)
-    options = dict(temperature=temperature, attention_layers=2)
+def test_rollout_equals_the_policy(tiny, temperature):
+    """Sampled token by token, padded and together, separately, or all at once: the same."""
+    model, options = tiny[0], dict(temperature=temperature, attention_layers=2)
+    policy = model_utils.Policy(model, temperature)
+    encoded, numbers = model_utils.encode_prompts(model, make_prompts()), random_numbers(5, 3, 12)
     for i, rollout in enumerate(model_utils.rollout(model, encoded, numbers, **options)):
         separate, = model_utils.rollout(model, encoded[i:i + 1], numbers[i:i + 1], **options)
-        assert torch.equal(separate.response_ids, rollout.response_ids)
-        assert_close(separate.log_probs, rollout.log_probs, atol=1e-5)
-        assert_close(separate.frame_attention, rollout.frame_attention, atol=1e-7)
-        for g in range(3):
-            real = rollout.response_mask[g]
-            response = rollout.response_ids[g, real]
-            with torch.no_grad():
-                log_probs, logits, frames = plain_forward(twin, prompts[i], response, temperature)
-            assert_close(rollout.log_probs[g, real], log_probs, atol=1e-5)
-            assert_close(rollout.frame_attention[g, real], frames, atol=1e-7)
-            probs = logits.double().softmax(-1)
-            assert_close(rollout.entropy[g, real], torch.special.entr(probs).sum(-1), atol=1e-5)
-            # sampled: the token at which the cumulative distribution passes the random number
-            passed = probs.cumsum(-1) > numbers[i, g, :len(response), None]
-            assert torch.equal(passed.int().argmax(-1), response)
-            assert not rollout.log_probs[g, ~real].any()
-            assert not rollout.frame_attention[g, ~real].any()
+        ids, mask = rollout.response_ids, rollout.response_mask
+        with torch.no_grad():
+            log_probs, logits = policy(encoded[i], ids, mask, keep_logits=True)
+        attention = model_utils.frame_attention(policy, encoded[i], ids, mask, layers=2)
+        assert torch.equal(separate.response_ids, ids)
+        for result in rollout, separate:
+            assert_close(result.log_probs, log_probs, atol=1e-5)
+            assert_close(result.frame_attention, attention, atol=1e-7)
+        probs = logits[mask].double().softmax(-1)
+        assert_close(rollout.entropy[mask], torch.special.entr(probs).sum(-1), atol=1e-5)
+        # sampled: the token at which the cumulative distribution passes the random number
+        passed = probs.cumsum(-1) > numbers[i, :, :mask.shape[1]][mask][:, None]
+        assert torch.equal(passed.int().argmax(-1), ids[mask])
 
 
 def test_long_responses_and_their_attention_read_in_one_pass(tiny):
     """Decoding reads its keys in blocks that grow; the policy computes all tokens at once."""
-    model = tiny[0]
-    encoded, = model_utils.encode_prompts(model, make_prompts()[:1])
-    words = torch.randint(8, 80, (2, 270), generator=torch.Generator().manual_seed(0))
-    columns = iter(words.T)
-    rollout, = model_utils.rollout(model, [encoded], random_numbers(1, 2, 270), attention_layers=1,
-                                   choose=lambda logits, ids: next(columns))
+    encoded, = model_utils.encode_prompts(tiny[0], make_prompts()[:1])
+    words = random_words(2, 270)
+    script = iter(words.T)
+    rollout, = model_utils.rollout(tiny[0], [encoded], random_numbers(1, 2, 270),
+                                   attention_layers=1, choose=lambda logits, ids: next(script))
     assert torch.equal(rollout.response_ids, words)
-    given = encoded, words, rollout.response_mask
-    assert_close(model_utils.Policy(model)(*given)[0].detach(), rollout.log_probs, atol=2e-5)
-    frames = model_utils.frame_attention(model_utils.Policy(model), *given, layers=1)
+    policy, given = model_utils.Policy(tiny[0]), (encoded, words, rollout.response_mask)
+    assert_close(policy(*given)[0].detach(), rollout.log_probs, atol=2e-5)
+    frames = model_utils.frame_attention(policy, *given, layers=1)
     assert_close(frames, rollout.frame_attention, atol=1e-6)
 
 
@@ -556,28 +574,29 @@ def test_attention_of_given_responses_equals_that_of_generate(tiny):
     model, twin = tiny
     prompt = make_prompt(6, (2, 8, 8), seconds=0.5)
     encoded, = model_utils.encode_prompts(model, [prompt])
+    ids = prompt.input_ids.expand(3, -1)
     output = twin.generate(
-        input_ids=prompt.input_ids.expand(3, -1), pixel_values_videos=prompt.patches.repeat(3, 1),
-        position_ids=encoded.positions[:, None].expand(3, 3, -1),
-        attention_mask=torch.ones(3, len(prompt.input_ids), dtype=torch.long),
+        input_ids=ids, attention_mask=torch.ones_like(ids),
+        pixel_values_videos=prompt.patches.repeat(3, 1),
         video_grid_thw=torch.tensor(prompt.video_grids * 3),
+        position_ids=encoded.positions[:, None].expand(3, 3, -1),
         do_sample=True, max_new_tokens=9, output_attentions=True, return_dict_in_generate=True)
-    ids = output.sequences[:, len(prompt.input_ids):]
-    mask = (ids != 0).cummin(1).values      # 0 is the padding
+    responses = output.sequences[:, ids.shape[1]:]
+    mask = (responses != 0).cummin(1).values      # 0 is the padding
     for layers in 1, 5:
-        frames = model_utils.frame_attention(model_utils.Policy(model), encoded, ids, mask, layers)
+        frames = model_utils.frame_attention(model_utils.Policy(model), encoded, responses, mask,
+                                             layers)
         pooled = model_utils.pool_attention(output.attentions, prompt.frame_of_token, layers)
         assert frames.max() > 0.01
         assert_close(frames, pooled * mask[:, :, None], atol=1e-6)
 
 
 def test_rows_stop_at_their_end_token(tiny):
-    model = tiny[0]
-    encoded = model_utils.encode_prompts(model, make_prompts()[:2])
-    first, second = model_utils.end_token_ids(model).tolist()
+    encoded = model_utils.encode_prompts(tiny[0], make_prompts()[:2])
+    first, second = model_utils.end_token_ids(tiny[0]).tolist()
     script = iter(torch.tensor([[20, second, 20, 20], [20] * 4, [first, 20, 20, 20],
                                 [20, first, 20, first], [20] * 4, [20] * 4]))
-    a, b = model_utils.rollout(model, encoded, random_numbers(2, 2, 6),
+    a, b = model_utils.rollout(tiny[0], encoded, random_numbers(2, 2, 6),
                                choose=lambda logits, ids: next(script))
     assert a.response_ids.tolist() == [[20, 20, first], [second, 0, 0]]
     assert a.response_mask.sum(1).tolist() == [3, 1]
@@ -595,51 +614,20 @@ def test_visual_tokens_are_never_sampled(tiny):
     assert not torch.isin(rollout.response_ids, torch.arange(3, 7)).any()
 
 
-@pytest.mark.parametrize("lengths", [(7, 1, 4, 6), (5,)])
-def test_policy_equals_the_plain_forward_pass(tiny, lengths):
-    """Log-probabilities, logits and gradients of a packed group are those of its sequences."""
-    model, twin = tiny[0], copy.deepcopy(tiny[1])
-    twin.model.visual.requires_grad_(False)
-    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    ids = torch.randint(8, 60, mask.shape, generator=torch.Generator().manual_seed(0))
-    slopes = random_numbers(*mask.shape).float()
-    for prompt in make_prompts():
-        policy = model_utils.Policy(model, temperature=0.8)
-        encoded, = model_utils.encode_prompts(model, [prompt])
-        log_probs, kept = policy(encoded, ids, mask, keep_logits=True)
-        (log_probs * slopes).sum().backward()
-        twin.zero_grad()
-        for g, real in enumerate(mask):
-            expected, logits, _ = plain_forward(twin, prompt, ids[g, real], 0.8)
-            (expected * slopes[g, real]).sum().backward()
-            assert_close(log_probs[g, real].detach(), expected.detach(), atol=1e-5)
-            assert_close(kept[g, real], logits.detach(), atol=1e-5)
-        assert not log_probs[~mask].any()
-        gradients = dict(twin.named_parameters())
-        for name, weight in policy.named_parameters():
-            expected = gradients[name if name.startswith("lm_head") else f"model.{name}"].grad
-            scale = float(expected.abs().max())
-            assert_close(weight.grad, expected, atol=max(1e-5 * scale, 1e-7), rtol=0)
-
-
 def test_padding_checkpointing_and_shared_weights_change_nothing(tiny):
-    model = tiny[0]
-    encoded, = model_utils.encode_prompts(model, make_prompts()[:1])
-    mask = torch.arange(5) < torch.tensor([[5], [2]])
-    ids = torch.randint(8, 40, (2, 5), generator=torch.Generator().manual_seed(0))
+    encoded, = model_utils.encode_prompts(tiny[0], make_prompts()[:1])
+    mask, ids = torch.arange(5) < torch.tensor([[5], [2]]), random_words(2, 5)
+    policies = [model_utils.Policy(tiny[0]) for _ in range(2)]
+    model_utils.recompute_activations(policies[1].language_model)
     results = []
-    for recompute, padding in (False, 8), (True, 50):
-        policy = model_utils.Policy(model)
-        if recompute:
-            model_utils.recompute_activations(policy.language_model)
+    for policy, padding in zip(policies, [8, 50]):
         log_probs, _ = policy(encoded, ids.where(mask, padding), mask)
         log_probs.sum().backward()
-        gradient = torch.cat([weight.grad.flatten() for weight in policy.parameters()])
-        results.append((log_probs.detach(), gradient))
+        results.append([log_probs.detach(), *[weight.grad for weight in policy.parameters()]])
     torch.testing.assert_close(*results, rtol=0, atol=1e-6)
-    shared = model_utils.Policy(model, trainable=False)
+    shared = model_utils.Policy(tiny[0], trainable=False)
     assert torch.equal(shared(encoded, ids, mask)[0], results[0][0])
-    assert shared.lm_head.weight is model.lm_head.weight
+    assert shared.lm_head.weight is tiny[0].lm_head.weight
 
 
 def test_windows_of_the_vision_tower_in_one_call(tiny):
