@@ -384,8 +384,7 @@ class PackedGroup:
         prompts = sequence[:P].expand(G, -1, -1, -1)
         return torch.cat([prompts, self.unpack(sequence[P:])], dim=1)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor,
-               scaling: float) -> Tensor:
+    def attend(self, layer, query, key, value, scaling) -> Tensor:
         """Of B = 1 sequence of L = P + T tokens: see `hidden_states`."""
         P = self.prompt_length
         prompt_output = causal_attention(query[:, :P], key[:, :P], value[:, :P], scaling)
@@ -450,15 +449,13 @@ class DecodingCache:
                           partial(self.prefill, number))
         self.pooling = frame_pooling(frame_of_token, num_frames)                # (N, P, F)
 
-    def prefill(self, number: int, layer: int, query: Tensor, key: Tensor, value: Tensor,
-                scaling: float) -> Tensor:
+    def prefill(self, number, layer, query, key, value, scaling) -> Tensor:
         """Attention of prompt `number` to itself; its keys and values are stored."""
         stored = self.prompt[layer, :, number, :, :key.shape[1]].transpose(1, 2)
         stored[0], stored[1] = key[0], value[0]                                 # (P - 1, kv, D)
         return causal_attention(query, key, value, scaling)
 
-    def decode(self, layer: int, query: Tensor, key: Tensor, value: Tensor,
-               scaling: float) -> Tensor:
+    def decode(self, layer, query, key, value, scaling) -> Tensor:
         """Attention of one new token per row, computed eagerly so that its weights can be read."""
         N, kv_heads, G, _, head_dim = self.response[layer, 0].shape
         query, key, value = (x.view(N, G, kv_heads, -1, head_dim).transpose(1, 2)

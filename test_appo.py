@@ -39,6 +39,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import (
     AutoConfig, Qwen2_5_VLForConditionalGeneration, get_linear_schedule_with_warmup)
 
@@ -916,23 +917,28 @@ HEAVY = ["torch.distributed.fsdp", "torch.distributed.checkpoint", "transformers
          "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"]
 
 
-def run_process(rank, s, world, port):
+def in_processes(world, function, *arguments):
+    """Call the function in several processes, as torchrun does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.set_forkserver_preload(HEAVY)
+    torch.multiprocessing.start_processes(one_process, (world, port, function, arguments), world,
+                                          start_method="forkserver")
+
+
+def one_process(rank, world, port, function, arguments):
     os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
                        MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    appo.train(s)
+    function(*arguments)
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_processes_do_not_change_the_numbers(whole, tmp_path, world):
     """6 prompts over 2 or 4 processes, which cannot all have the same number."""
     s = replace(whole, output=str(tmp_path / "run"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.set_forkserver_preload(HEAVY)
-    torch.multiprocessing.start_processes(run_process, (s, world, port), world,
-                                          start_method="forkserver")
+    in_processes(world, appo.train, s)
     for ours, expected in zip(log_of(s), log_of(whole), strict=True):
         assert ours == pytest.approx(expected, rel=1e-4, abs=1e-5)
     torch.testing.assert_close(checkpoint_of(s), checkpoint_of(whole), rtol=0, atol=1e-5)
@@ -2293,15 +2299,13 @@ def test_linear_learning_rate_is_that_of_transformers(warmup_steps):
         schedule.step()
 
 
-def test_left_padding_is_masked_as_in_transformers():
+def test_left_padding_is_masked_as_in_transformers(tiny):
     """Prepared for group attention, the model still hides the padding of a batch."""
-    model, _ = model_utils.tiny_model([f"w{number}" for number in range(72)], seed=1)
-    twin = plain_twin(model, "sdpa")
-    ids = torch.randint(8, 80, (3, 11), generator=torch.Generator().manual_seed(0))
+    twin, ids = plain_twin(tiny[0], "sdpa"), random_words(3, 11)
     mask = torch.arange(11) >= torch.tensor([0, 4, 9])[:, None]     # (3, 11)
     with torch.no_grad():
-        ours = model(input_ids=ids, attention_mask=mask.long()).logits
-        theirs = twin(input_ids=ids, attention_mask=mask.long()).logits
+        ours, theirs = [model(input_ids=ids, attention_mask=mask.long()).logits
+                        for model in (tiny[0], twin)]
         unpadded = twin(input_ids=ids[1:2, 4:]).logits
     assert torch.equal(ours[mask], theirs[mask])
     torch.testing.assert_close(ours[1:2, 4:], unpadded, rtol=0, atol=1e-5)
@@ -2377,18 +2381,14 @@ class PretendTensor(Tensor):
             raise RuntimeError(f"{name}: all tensors must be on the same device")
         if on_host or name in WAITS or any(x.dtype == torch.bool for x in indices):
             PretendGraph.refuse(name)
-        arguments, options = map_tensors(lambda x: getattr(x, "content", x),
-                                         (arguments, options or {}))
+        arguments, options = tree_map_only(cls, lambda x: x.content, (arguments, options or {}))
         if function is torch.ops.aten.bmm.dtype:
             function = bmm_in_fp32
         outputs = PretendGraph.run(partial(function, *arguments, **options))
-        return map_tensors(cls, outputs)
+        return tree_map_only(Tensor, cls, outputs)
 
     def full_tensor(self):
         return self         # as if it was sharded
-
-    def __repr__(self):
-        return repr(self.content)
 
 
 def bmm_in_fp32(a, b, out_dtype):
@@ -2397,18 +2397,8 @@ def bmm_in_fp32(a, b, out_dtype):
     return torch.bmm(a.float(), b.float())
 
 
-def map_tensors(function, tree):
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(map_tensors(function, branch) for branch in tree)
-    if isinstance(tree, dict):
-        return {name: map_tensors(function, branch) for name, branch in tree.items()}
-    return function(tree) if isinstance(tree, Tensor) else tree
-
-
 def tensors_of(tree) -> list[Tensor]:
-    tensors = []
-    map_tensors(tensors.append, tree)
-    return tensors
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
 
 
 class PretendGraph:
@@ -2609,9 +2599,4 @@ def sharded_step():
 
 
 def test_sharding_with_the_precision_of_a_gpu():
-    script = f"import {Path(__file__).stem} as tests; tests.sharded_step()"
-    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                    "--nproc-per-node=2", "--no-python", sys.executable, "-c", script],
-                   env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, check=True,
-                   timeout=120)
+    in_processes(2, sharded_step)
