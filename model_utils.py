@@ -12,8 +12,8 @@ frozen, so one copy serves both.
 
 Letters in shapes: P prompt tokens, G responses to a prompt (a group), R response tokens, T response
 tokens of a group without padding, F frames, V vocabulary entries, H hidden size, D head size,
-N prompts that decode together, B = N * G rows. A frame is a visual time step: Qwen2.5-VL merges two
-sampled frames into one.
+N prompts that decode together, B = N * G rows, kv key heads and s query heads for each of them. A
+frame is a visual time step: Qwen2.5-VL merges two sampled frames into one.
 """
 import copy
 import json
@@ -99,7 +99,7 @@ def load_model(name: str, device: torch.device):
 
     Raises RunError if it is of another type or lacks files or weights.
     """
-    if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not Path(name).is_dir() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         raise RunError(f"{name}: no such folder; give a folder with config.json, tokenizer and "
                        "weights, or a hub name")
     try:
@@ -343,12 +343,6 @@ def attention_scores(query: Tensor, keys: Tensor) -> Tensor:
     return scores.unflatten(0, query.shape[:-2])
 
 
-def last_layers(language_model, count: int) -> range:
-    """The indices of the last layers; of all if there are fewer."""
-    num_layers = len(language_model.layers)
-    return range(max(num_layers - count, 0), num_layers)
-
-
 class PackedGroup:
     """Attention over a prompt and all its responses in one sequence.
 
@@ -432,7 +426,7 @@ class DecodingCache:
         lengths = [len(prompt.input_ids) - 1 for prompt in prompts]
         P = math.ceil(max(lengths) / 8) * 8     # GPUs like rows of whole 16 bytes
         N, num_frames = len(prompts), max(prompt.num_frames for prompt in prompts)
-        self.read_layers = last_layers(language_model, attention_layers)
+        self.read_layers = range(max(num_layers - attention_layers, 0), num_layers)
         self.t = torch.zeros(1, dtype=torch.long, device=device)    # the decoding position
         self.keys_read = max_new_tokens     # the response keys that attention reads: at least t + 1
         zeros = partial(torch.zeros, dtype=language_model.dtype, device=device)
@@ -657,7 +651,8 @@ def frame_attention(policy: Policy, prompt: EncodedPrompt, response_ids: Tensor,
 
     response_ids (G, R), response_mask bool (G, R) -> fp32 (G, R, F), 0 in the padding
     """
-    group = PackedGroup(prompt, response_mask, last_layers(policy.language_model, layers))
+    last_layers = range(len(policy.language_model.layers))[-layers:]
+    group = PackedGroup(prompt, response_mask, last_layers)
     policy(prompt, response_ids, response_mask, group=group)
     return torch.stack(group.frame_attention).mean(0) * response_mask[..., None]
 
@@ -871,7 +866,11 @@ def source_files(source: str, local_files_only: bool) -> list[Path]:
 def copy_source_files(source: str, folder: Path) -> None:
     for name in SOURCE_FILES:       # transformers has written some of them anew
         (folder / name).unlink(missing_ok=True)
-    for file in source_files(source, local_files_only=True):
+    try:
+        files = source_files(source, local_files_only=True)
+    except OSError:     # a folder that is gone is taken for a name that no hub has
+        files = []
+    for file in files:
         shutil.copyfile(file, folder / file.name)
     if not (folder / "config.json").exists():
         raise RunError(f"{source}: its files are gone, and a checkpoint copies them; put them back "
