@@ -397,8 +397,8 @@ class PackedGroup:
         query = self.unpack(query[self.before]).transpose(1, 2)                 # (G, heads, R, D)
         query = query.unflatten(1, (keys.shape[1], -1))                         # (G, kv, s, R, D)
         scores = attention_scores(query.flatten(2, 3), keys).unflatten(2, query.shape[2:4])
-        hidden = torch.ones_like(scores[0, 0, 0], dtype=torch.bool).triu(self.prompt_length)
-        weights = (scores * scaling).masked_fill(hidden, -torch.inf).softmax(-1)
+        ahead = torch.ones_like(scores[0, 0, 0], dtype=torch.bool).triu(self.prompt_length)
+        weights = (scores * scaling).masked_fill(ahead, -torch.inf).softmax(-1)
         to_prompt = weights[..., :self.prompt_length].mean((1, 2))              # (G, R, P)
         pooling = frame_pooling(self.prompt.frame_of_token, self.prompt.num_frames)
         self.frame_attention.append(to_prompt @ pooling)
@@ -432,11 +432,12 @@ class DecodingCache:
         zeros = partial(torch.zeros, dtype=language_model.dtype, device=device)
         self.prompt = zeros(num_layers, 2, N, kv_heads, P, head_dim)
         self.response = zeros(num_layers, 2, N, kv_heads, group_size, max_new_tokens, head_dim)
-        self.hidden = torch.ones(N, 1, 1, 1, P + max_new_tokens, dtype=torch.bool, device=device)
+        # The keys that are padding or still to come.
+        self.unseen = torch.ones(N, 1, 1, 1, P + max_new_tokens, dtype=torch.bool, device=device)
         frame_of_token = torch.full((N, P), -1, device=device)
         self.frame_attention = torch.zeros(N, group_size, max_new_tokens, num_frames, device=device)
         for number, (prompt, length) in enumerate(zip(prompts, lengths)):
-            self.hidden[number, ..., :length] = False
+            self.unseen[number, ..., :length] = False
             frame_of_token[number, :length] = prompt.frame_of_token[:-1]
             embeds = prompt_embeds(language_model, prompt)[None, :-1]
             hidden_states(language_model, embeds, prompt.positions[:, None, :-1],
@@ -458,11 +459,11 @@ class DecodingCache:
         self.response[layer].index_copy_(4, self.t, torch.stack([key, value]))
         keys, values = self.response[layer, ..., :self.keys_read, :]            # (N, kv, G, R, D)
         P = prompt_keys.shape[2]
-        self.hidden.index_fill_(-1, P + self.t, False)
+        self.unseen.index_fill_(-1, P + self.t, False)
         prompt_scores = attention_scores(query.flatten(2, 3), prompt_keys).unflatten(2, (G, -1))
         scores = torch.cat([prompt_scores, attention_scores(query, keys)], dim=-1)
-        hidden = self.hidden[..., :P + self.keys_read]
-        weights = (scores.masked_fill(hidden, -torch.inf) * scaling).softmax(-1)
+        unseen = self.unseen[..., :P + self.keys_read]
+        weights = (scores.masked_fill(unseen, -torch.inf) * scaling).softmax(-1)
         to_prompt, to_response = weights[..., :P], weights[..., P:]
         if layer in self.read_layers:
             of_heads = to_prompt.transpose(1, 2).flatten(2, 3)                  # (N, G, heads, P)
