@@ -12,18 +12,18 @@ frozen, so one copy serves both.
 
 Letters in shapes: P prompt tokens, G responses to a prompt (a group), R response tokens, T response
 tokens of a group without padding, F frames, V vocabulary entries, H hidden size, D head size,
-N prompts that decode together, B = N * G rows. A frame is a visual time step: Qwen2.5-VL merges two
-sampled frames into one.
+N prompts that decode together, B = N * G rows, kv key heads and s query heads for each of them. A
+frame is a visual time step: Qwen2.5-VL merges two sampled frames into one.
 """
 import copy
 import json
+import math
 import os
 import re
 import shutil
 import signal
 import sys
 import time
-import types
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +35,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from packaging.version import Version
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -62,29 +61,22 @@ def init_processes() -> tuple[int, int, torch.device]:
 
     Raises RunError if there is a GPU that torch cannot use: fp32 on the CPU would look hung.
     """
-    cuda = torch.cuda.is_available()
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
-    if not cuda and not hidden and torch.version.cuda and Path("/dev/nvidiactl").exists():
-        raise RunError(f"torch {torch.__version__} cannot use this machine's GPU; update its "
-                       "driver, install a matching torch, or hide the GPU by "
-                       'CUDA_VISIBLE_DEVICES=""')
-    device = torch.device("cpu")
-    if cuda:
+    device, backend = torch.device("cpu"), "gloo"
+    if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
         # cuDNN's backward pass of masked attention is reported to give NaN at some lengths
         # (pytorch issue 196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if several and Version(torch.__version__) < Version("2.9"):
-        raise RunError(f"torch {torch.__version__} sums the gradients of several processes where "
-                       "it should average them; install torch 2.9 or newer")
+    elif torch.version.cuda and Path("/dev/nvidiactl").exists():
+        if os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+            raise RunError(f"torch {torch.__version__} cannot use this machine's GPU; update its "
+                           "driver, install a matching torch, or hide the GPU by "
+                           'CUDA_VISIBLE_DEVICES=""')
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        if "RANK" in os.environ:
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, **alone)
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -107,13 +99,13 @@ def load_model(name: str, device: torch.device):
 
     Raises RunError if it is of another type or lacks files or weights.
     """
-    if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not Path(name).is_dir() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         raise RunError(f"{name}: no such folder; give a folder with config.json, tokenizer and "
                        "weights, or a hub name")
     try:
         config = transformers.AutoConfig.from_pretrained(name)
         if config.model_type != "qwen2_5_vl":
-            raise OSError(f"it is of type {config.model_type}, and APPO needs Qwen2.5-VL")
+            raise RunError(f"{name}: it is of type {config.model_type}; give a Qwen2.5-VL model")
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         source_files(name, local_files_only=False)  # a checkpoint copies them
         model, report = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
@@ -128,8 +120,7 @@ def load_model(name: str, device: torch.device):
                        "get the complete checkpoint")
     if getattr(config, "appo_built_in", False):
         torch.set_num_threads(1)    # operations this small mostly wait for other threads
-    model = model.to(device).eval().requires_grad_(False)
-    return prepare_model(model), tokenizer
+    return prepare_model(model.to(device).eval().requires_grad_(False)), tokenizer
 
 
 def prepare_model(model):
@@ -137,9 +128,12 @@ def prepare_model(model):
 
     Outside of `rollout` and `Policy` it computes the same as before.
     """
-    use_group_attention(model)
+    from transformers.masking_utils import sdpa_mask
+    transformers.AttentionInterface.register("group_attention", group_attention)
+    transformers.AttentionMaskInterface.register("group_attention", sdpa_mask)
+    model.set_attn_implementation("group_attention")
     for block in model.model.visual.blocks:
-        block.attn.forward = types.MethodType(attend_in_windows, block.attn)
+        block.attn.forward = partial(attend_in_windows, block.attn)
     if model.device.type == "cuda":
         # The patch embedding is a convolution whose kernel covers a whole patch. In bf16 some GPUs
         # take very long for it (transformers issue 45750), so it is a matrix product here.
@@ -165,7 +159,7 @@ def attend_in_windows(attention, hidden_states, cu_seqlens, position_embeddings,
         tokens = starts[:, None] + torch.arange(length, device=starts.device)   # (windows, length)
         windows = [x[tokens].transpose(1, 2) for x in (query, key, value)]
         attended = F.scaled_dot_product_attention(*windows, scale=attention.scaling)
-        output = output.index_put((tokens,), attended.transpose(1, 2))
+        output[tokens] = attended.transpose(1, 2)
     return attention.proj(output.flatten(1))
 
 
@@ -193,16 +187,17 @@ def mrope_positions(input_ids: Tensor, video_grids, image_grids, seconds_per_gri
     grids = {config.video_token_id: list(zip(video_grids, seconds_per_grid, strict=True)),
              config.image_token_id: [(grid, 0.0) for grid in image_grids]}
     spans, position = [], 0
-    for token, tokens in groupby(input_ids.tolist(), lambda id: id if id in grids else None):
-        count = len(list(tokens))
-        span = torch.arange(count).expand(3, -1)
-        if token is not None and grids[token]:
+    for token, run in groupby(input_ids.tolist(), lambda id: id if id in grids else None):
+        count = len(list(run))
+        if token is None:
+            span = torch.arange(count).expand(3, -1)
+        elif not grids[token]:
+            raise ValueError("the prompt has more videos or images than grids")
+        else:
             (t, h, w), seconds = grids[token].pop(0)
             time = (torch.arange(t, dtype=torch.float64) * seconds * tokens_per_second).long()
             rows, columns = torch.arange(h // merge), torch.arange(w // merge)
             span = torch.stack(torch.meshgrid(time, rows, columns, indexing="ij")).flatten(1)
-        elif token is not None:
-            count = -1      # more videos or images than grids
         if span.shape[1] != count:
             raise ValueError("the prompt's visual tokens do not match its grids")
         spans.append(position + span)
@@ -223,12 +218,6 @@ class EncodedPrompt:
     frame_of_token: Tensor      # (P,), the frame of a video token, -1 elsewhere
     num_frames: int             # F
 
-    def frame_pooling(self) -> Tensor:
-        """(P, F): column f averages over the visual tokens of frame f."""
-        frames = torch.arange(self.num_frames, device=self.frame_of_token.device)
-        belongs = self.frame_of_token[:, None] == frames
-        return belongs / belongs.sum(0).clamp(min=1)
-
 
 @torch.no_grad()
 def encode_prompts(model, prompts: list,
@@ -242,14 +231,14 @@ def encode_prompts(model, prompts: list,
     visual_ids = torch.tensor([config.video_token_id, config.image_token_id])
     visual_masks = [torch.isin(prompt.input_ids, visual_ids) for prompt in prompts]
     grids = [grid for prompt in prompts for grid in prompt.video_grids + prompt.image_grids]
-    embeds = torch.empty(0, config.text_config.hidden_size, device=device, dtype=model.dtype)
+    embeds = torch.empty(0, device=device)
     if grids:
         if patches is None:
             patches = [prompt.patches for prompt in prompts]
         embeds = model.model.visual(torch.cat(patches).to(device, model.dtype),
                                     grid_thw=torch.tensor(grids, device=device)).pooler_output
-    encoded = []
     of_prompts = embeds.split([int(mask.sum()) for mask in visual_masks])
+    encoded = []
     for prompt, visual_mask, visual_embeds in zip(prompts, visual_masks, of_prompts):
         positions, next_position = mrope_positions(
             prompt.input_ids, prompt.video_grids, prompt.image_grids, prompt.seconds_per_grid,
@@ -268,10 +257,17 @@ def prompt_embeds(language_model, prompt: EncodedPrompt) -> Tensor:
     return embeds.masked_scatter(prompt.visual_mask[:, None], visual)
 
 
+def frame_pooling(frame_of_token: Tensor, num_frames: int) -> Tensor:
+    """frame_of_token (..., P) -> (..., P, F): column f averages over the tokens of frame f."""
+    frames = torch.arange(num_frames, device=frame_of_token.device)
+    belongs = frame_of_token[..., None] == frames
+    return belongs / belongs.sum(-2, keepdim=True).clamp(min=1)
+
+
 def end_token_ids(model) -> Tensor:
     """Ids that end a response (Qwen: <|im_end|> and <|endoftext|>)."""
-    ids = model.generation_config.eos_token_id
-    return torch.tensor(ids if isinstance(ids, list) else [ids], device=model.device)
+    one_or_several = model.generation_config.eos_token_id
+    return torch.tensor(one_or_several, device=model.device).flatten()
 
 
 def excluded_token_ids(model) -> Tensor:
@@ -296,52 +292,55 @@ def sampling_logits(logits: Tensor, excluded: Tensor, temperature: float) -> Ten
 
 # -------------------------------------------------------------------------- attention of a group
 
+def hidden_states(language_model, embeds: Tensor, positions: Tensor, attend: Callable) -> Tensor:
+    """The last hidden states of the language model, whose layers attend by `attend`.
+
+    embeds (B, L, H), positions (3, B, L); attend(layer, query (B, L, heads, D),
+    key (B, L, kv_heads, D), value, scaling) -> (B, L, heads, D)
+    -> (B, L, H)
+    """
+    no_mask = {"full_attention": None}      # transformers need not build one
+    output = language_model(inputs_embeds=embeds, position_ids=positions, use_cache=False,
+                            attention_mask=no_mask, attend=attend)
+    return output.last_hidden_state
+
+
 def group_attention(module, query, key, value, attention_mask, scaling,
                     attend: Callable | None = None, **kwargs):
-    """An attention function for transformers. A caller of the language model hands in `attend`,
-    which knows which tokens form a group; transformers passes unknown keyword arguments on to the
-    attention function. Without `attend`, this is transformers' own SDPA. Callers with `attend` give
-    the dict {"full_attention": None} as attention_mask: then transformers builds no mask.
-
-    attend(layer, query (B, heads, L, D), key (B, kv_heads, L, D), value, scaling)
-        -> (B, L, heads, D)
-    """
+    """An attention function for transformers, which passes unknown keyword arguments of the model
+    on to it: `attend` is that of `hidden_states`. Without it, this is transformers' own SDPA."""
     if attend is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
                                       **kwargs)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     return attend(module.layer_idx, query, key, value, scaling), None
 
 
-def use_group_attention(model) -> None:
-    """Let a Hugging Face model call `group_attention`; its masks stay those of SDPA."""
-    from transformers.masking_utils import sdpa_mask
-    transformers.AttentionInterface.register("group_attention", group_attention)
-    transformers.AttentionMaskInterface.register("group_attention", sdpa_mask)
-    model.set_attn_implementation("group_attention")
-
-
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """(B, heads, Q, D) queries over K >= Q keys; the last query sees all keys.
+    """query (B, Q, heads, D), key and value (B, K, kv_heads, D) -> (B, Q, heads, D)
 
-    Fused kernels, whose memory does not grow with Q * K; on a GPU flash attention.
+    K >= Q, and the last query sees all keys. Fused kernels, whose memory does not grow with
+    Q * K; on a GPU flash attention.
     """
     from torch.nn.attention.bias import causal_lower_right      # slow to import
-    mask = causal_lower_right(query.shape[2], key.shape[2])
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling,
-                                          enable_gqa=True)
+    mask = causal_lower_right(query.shape[1], key.shape[1])
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling,
+                                            enable_gqa=True)
+    return output.transpose(1, 2)
 
 
 def attention_scores(query: Tensor, keys: Tensor) -> Tensor:
-    """query (X, Y, Q, D) and keys (X, Y, K, D) -> fp32 (X, Y, Q, K).
+    """query (..., Q, D) and keys (..., K, D) -> fp32 (..., Q, K).
 
     The scores of Qwen often are in the thousands: in bf16 they would lose what the softmax depends
     on. The fused kernels keep them in fp32, too.
     """
     if keys.dtype == torch.float32:
         return query @ keys.mT
-    scores = torch.bmm(query.flatten(0, 1), keys.flatten(0, 1).mT, out_dtype=torch.float32)
-    return scores.unflatten(0, keys.shape[:2])
+    scores = torch.bmm(query.flatten(0, -3), keys.flatten(0, -3).mT, out_dtype=torch.float32)
+    return scores.unflatten(0, query.shape[:-2])
 
 
 class PackedGroup:
@@ -352,141 +351,128 @@ class PackedGroup:
     are G rows whose keys are [prompt | the response itself]. Both are causal. The result is that of
     G sequences [prompt | response], and the prompt is computed once.
 
-    With read_layers, the last of the model's layers also note how much the responses attend to the
-    frames: see `frame_attention`.
+    The layers of `read_layers` also note how much the responses attend to the frames: see
+    `frame_attention`.
     """
 
-    def __init__(self, prompt: EncodedPrompt, response_mask: Tensor, num_layers: int = 0,
-                 read_layers: int = 0):
-        self.prompt_length = len(prompt.input_ids)
+    def __init__(self, prompt: EncodedPrompt, response_mask: Tensor, read_layers: range = range(0)):
+        P = len(prompt.input_ids)
+        self.prompt, self.prompt_length, self.read_layers = prompt, P, read_layers
         self.response_mask = response_mask                                      # (G, R)
-        self.first_read_layer = num_layers - read_layers if read_layers else None
-        self.pooling = prompt.frame_pooling()                                   # (P, F)
-        self.frame_attention: list[Tensor] = []        # (G, R, F) of each layer that is read
+        self.row, self.column = response_mask.nonzero(as_tuple=True)            # (T,) each
+        # The place of the token before each response token, which predicts it: in the sequence, and
+        # for the first token of a response at the end of the prompt.
+        places = P - 1 + torch.arange(len(self.row), device=self.row.device)
+        self.before = places.where(self.column > 0, P - 1)                      # (T,)
+        self.frame_attention: list[Tensor] = []     # (G, R, F) of each layer that is read
 
-    def to_rows(self, packed: Tensor) -> Tensor:
-        """Response tokens (heads, T, D) -> (G, heads, R, D), zeros in the padding."""
-        heads, _, head_dim = packed.shape
-        rows = packed.new_zeros(*self.response_mask.shape, heads, head_dim)     # (G, R, heads, D)
-        rows = rows.masked_scatter(self.response_mask[..., None, None], packed.transpose(0, 1))
-        return rows.transpose(1, 2)
+    def unpack(self, values: Tensor) -> Tensor:
+        """Values of the response tokens (T, ...) -> (G, R, ...), 0 in the padding."""
+        rows = values.new_zeros(*self.response_mask.shape, *values.shape[1:])
+        rows[self.row, self.column] = values
+        return rows
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor,
-               scaling: float) -> Tensor:
-        """query (1, heads, P + T, D), key and value (1, kv_heads, P + T, D)
-        -> (1, P + T, heads, D)"""
+    def after_prompt(self, sequence: Tensor) -> Tensor:
+        """(P + T, heads, D) -> the responses, each after the prompt, (G, P + R, heads, D)"""
         P, G = self.prompt_length, len(self.response_mask)
-        prompt_query, prompt_key, prompt_value = (x[:, :, :P] for x in (query, key, value))
-        prompt_output = causal_attention(prompt_query, prompt_key, prompt_value, scaling)
-        row_query, row_key, row_value = (self.to_rows(x[0, :, P:]) for x in (query, key, value))
-        keys = torch.cat([prompt_key.expand(G, -1, -1, -1), row_key], dim=2)    # (G, kv, P + R, D)
-        values = torch.cat([prompt_value.expand(G, -1, -1, -1), row_value], dim=2)
-        row_output = causal_attention(row_query, keys, values, scaling)         # (G, heads, R, D)
-        if self.first_read_layer is not None and layer >= self.first_read_layer:
-            self.read_frames(prompt_query, row_query, keys, scaling)
-        prompt_output = prompt_output[0].transpose(0, 1)                        # (P, heads, D)
-        row_output = row_output.transpose(1, 2)[self.response_mask]             # (T, heads, D)
-        return torch.cat([prompt_output, row_output])[None]
+        prompts = sequence[:P].expand(G, -1, -1, -1)
+        return torch.cat([prompts, self.unpack(sequence[P:])], dim=1)
 
-    def read_frames(self, prompt_query: Tensor, row_query: Tensor, keys: Tensor,
-                    scaling: float) -> None:
-        """Note a layer's attention to the frames, of the query that generated each token: the one
-        before it, and the prompt's last for the first."""
-        G, kv_heads, length, _ = keys.shape
-        R = row_query.shape[2]
-        first = prompt_query[:, :, -1:].expand(G, -1, -1, -1)
-        query = torch.cat([first, row_query[:, :, :-1]], dim=2)                 # (G, heads, R, D)
-        query = query.unflatten(1, (kv_heads, -1)).flatten(2, 3)                # (G, kv, s * R, D)
-        scores = attention_scores(query, keys) * scaling
-        scores = scores.unflatten(2, (-1, R))                           # (G, kv, s, R, P + R)
-        visible = torch.ones(R, length, dtype=torch.bool, device=keys.device)
-        visible = visible.tril(self.prompt_length - 1)
-        weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    def attend(self, layer, query, key, value, scaling) -> Tensor:
+        """Of B = 1 sequence of L = P + T tokens: see `hidden_states`."""
+        P = self.prompt_length
+        prompt_output = causal_attention(query[:, :P], key[:, :P], value[:, :P], scaling)
+        keys, values = self.after_prompt(key[0]), self.after_prompt(value[0])
+        output = causal_attention(self.unpack(query[0, P:]), keys, values, scaling)
+        if layer in self.read_layers:
+            self.read_frames(query[0], keys, scaling)
+        return torch.cat([prompt_output[0], output[self.row, self.column]])[None]
+
+    def read_frames(self, query: Tensor, keys: Tensor, scaling: float) -> None:
+        """Note a layer's attention to the frames, of the query that predicted each token.
+
+        query (P + T, heads, D), keys (G, P + R, kv_heads, D)
+        """
+        keys = keys.transpose(1, 2)                                             # (G, kv, P + R, D)
+        query = self.unpack(query[self.before]).transpose(1, 2)                 # (G, heads, R, D)
+        query = query.unflatten(1, (keys.shape[1], -1))                         # (G, kv, s, R, D)
+        scores = attention_scores(query.flatten(2, 3), keys).unflatten(2, query.shape[2:4])
+        ahead = torch.ones_like(scores[0, 0, 0], dtype=torch.bool).triu(self.prompt_length)
+        weights = (scores * scaling).masked_fill(ahead, -torch.inf).softmax(-1)
         to_prompt = weights[..., :self.prompt_length].mean((1, 2))              # (G, R, P)
-        self.frame_attention.append(to_prompt @ self.pooling)
+        pooling = frame_pooling(self.prompt.frame_of_token, self.prompt.num_frames)
+        self.frame_attention.append(to_prompt @ pooling)
 
 
 class DecodingCache:
-    """Keys and values of N prompts and of the B = N * G responses that decode together.
+    """Keys and values of N prompts and of the G responses to each, which decode together.
 
-    A group's prompt is stored and read once, not once per response: the queries of its G rows stand
-    side by side in one matrix product with the prompt's keys. Shorter prompts are padded and
-    masked. All responses advance together: column t of the response keys belongs to the token that
-    is fed at decoding position t, and column 0 to the last prompt token. In the last layers the
-    attention to the frames is added to `frame_attention`; no other attention weights outlive their
-    layer.
+    A prompt is stored and read once, not once per response: the queries of its G rows stand side by
+    side in one matrix product with the prompt's keys. Shorter prompts are padded and masked. All
+    responses advance together: response key t is of the token that is fed at decoding position t,
+    and key 0 of the last prompt token. In the last layers the attention to the frames is added to
+    `frame_attention`; no other attention weights outlive their layer.
 
-    All that changes from token to token is written in place, `column` too, so that a CUDA graph can
-    replay it. `width` columns are read, those after `column` masked.
+    All that changes from token to token is written in place, `t` too, so that a CUDA graph can
+    replay it.
     """
 
     def __init__(self, language_model, prompts: list[EncodedPrompt], group_size: int,
                  max_new_tokens: int, attention_layers: int):
-        attention = language_model.layers[0].self_attn
-        head_dim = attention.head_dim
-        kv_heads = attention.k_proj.out_features // head_dim
-        num_layers, device = len(language_model.layers), prompts[0].input_ids.device
+        attention, num_layers = language_model.layers[0].self_attn, len(language_model.layers)
+        kv_heads, head_dim = language_model.config.num_key_value_heads, attention.head_dim
+        device = prompts[0].input_ids.device
         # The last prompt token is left to the first decoding position, which has its logits.
-        self.lengths = [len(prompt.input_ids) - 1 for prompt in prompts]
-        longest = max(self.lengths) + -max(self.lengths) % 8    # GPUs like rows of whole 16 bytes
+        lengths = [len(prompt.input_ids) - 1 for prompt in prompts]
+        P = math.ceil(max(lengths) / 8) * 8     # GPUs like rows of whole 16 bytes
         N, num_frames = len(prompts), max(prompt.num_frames for prompt in prompts)
-        self.group_size, self.width = group_size, max_new_tokens
-        self.column = torch.zeros(1, dtype=torch.long, device=device)
-        self.columns = torch.arange(max_new_tokens, device=device)
-        self.attention_layers = min(attention_layers, num_layers)
-        self.first_read_layer = num_layers - self.attention_layers
+        self.read_layers = range(max(num_layers - attention_layers, 0), num_layers)
+        self.t = torch.zeros(1, dtype=torch.long, device=device)    # the decoding position
+        self.keys_read = max_new_tokens     # the response keys that attention reads: at least t + 1
         zeros = partial(torch.zeros, dtype=language_model.dtype, device=device)
-        self.prompt = zeros(num_layers, 2, N, kv_heads, longest, head_dim)
-        self.response = zeros(num_layers, 2, N * group_size, kv_heads, max_new_tokens, head_dim)
-        self.padding = torch.ones(N, 1, 1, longest, dtype=torch.bool, device=device)
-        self.pooling = torch.zeros(N, longest, num_frames, device=device)
-        for i, (prompt, length) in enumerate(zip(prompts, self.lengths)):
-            self.padding[i, ..., :length] = False
-            self.pooling[i, :length, :prompt.num_frames] = prompt.frame_pooling()[:length]
+        self.prompt = zeros(num_layers, 2, N, kv_heads, P, head_dim)
+        self.response = zeros(num_layers, 2, N, kv_heads, group_size, max_new_tokens, head_dim)
+        # The keys that are padding or still to come.
+        self.unseen = torch.ones(N, 1, 1, 1, P + max_new_tokens, dtype=torch.bool, device=device)
+        frame_of_token = torch.full((N, P), -1, device=device)
         self.frame_attention = torch.zeros(N, group_size, max_new_tokens, num_frames, device=device)
+        for number, (prompt, length) in enumerate(zip(prompts, lengths)):
+            self.unseen[number, ..., :length] = False
+            frame_of_token[number, :length] = prompt.frame_of_token[:-1]
+            embeds = prompt_embeds(language_model, prompt)[None, :-1]
+            hidden_states(language_model, embeds, prompt.positions[:, None, :-1],
+                          partial(self.prefill, number))
+        self.pooling = frame_pooling(frame_of_token, num_frames)                # (N, P, F)
 
-    def prefill(self, number: int, layer: int, query: Tensor, key: Tensor, value: Tensor,
-                scaling: float) -> Tensor:
+    def prefill(self, number, layer, query, key, value, scaling) -> Tensor:
         """Attention of prompt `number` to itself; its keys and values are stored."""
-        stored = self.prompt[layer, :, number, :, :self.lengths[number]]        # (2, kv, P - 1, D)
-        stored[0], stored[1] = key[0], value[0]
-        return causal_attention(query, key, value, scaling).transpose(1, 2)
+        stored = self.prompt[layer, :, number, :, :key.shape[1]].transpose(1, 2)
+        stored[0], stored[1] = key[0], value[0]                                 # (P - 1, kv, D)
+        return causal_attention(query, key, value, scaling)
 
-    def decode(self, layer: int, query: Tensor, key: Tensor, value: Tensor,
-               scaling: float) -> Tensor:
-        """Attention of one new token per row, computed eagerly so that its weights can be read.
-
-        query (B, heads, 1, D), key and value (B, kv_heads, 1, D) -> (B, 1, heads, D)
-        """
-        rows, heads, _, head_dim = query.shape
-        self.response[layer, 0].index_copy_(2, self.column, key)
-        self.response[layer, 1].index_copy_(2, self.column, value)
+    def decode(self, layer, query, key, value, scaling) -> Tensor:
+        """Attention of one new token per row, computed eagerly so that its weights can be read."""
+        N, kv_heads, G, _, head_dim = self.response[layer, 0].shape
+        query, key, value = (x.view(N, G, kv_heads, -1, head_dim).transpose(1, 2)
+                             for x in (query, key, value))      # (N, kv, G, s or 1, D)
         prompt_keys, prompt_values = self.prompt[layer]                         # (N, kv, P, D)
-        keys, values = self.response[layer, :, :, :, :self.width]               # (B, kv, width, D)
-        query = query.view(rows, keys.shape[1], -1, head_dim)                   # (B, kv, s, D)
-        prompt_scores = attention_scores(self.to_groups(query), prompt_keys)
-        prompt_scores = self.to_rows(prompt_scores.masked_fill(self.padding, -torch.inf))
-        ahead = self.columns[:self.width] > self.column
-        response_scores = attention_scores(query, keys).masked_fill(ahead, -torch.inf)
-        scores = torch.cat([prompt_scores, response_scores], dim=-1) * scaling
-        weights = scores.softmax(-1)                                    # (B, kv, s, P + width)
-        to_prompt, to_response = weights.split([prompt_keys.shape[2], self.width], dim=-1)
-        if layer >= self.first_read_layer:
-            mean = to_prompt.mean((1, 2)).unflatten(0, (-1, self.group_size))   # (N, G, P)
-            to_frames = (mean @ self.pooling)[:, :, None]                       # (N, G, 1, F)
-            self.frame_attention.index_add_(2, self.column, to_frames,
-                                            alpha=1 / self.attention_layers)
-        prompt_output = self.to_groups(to_prompt.to(values.dtype)) @ prompt_values
-        output = self.to_rows(prompt_output) + to_response.to(values.dtype) @ values
-        return output.reshape(rows, 1, heads, head_dim)
-
-    def to_groups(self, x: Tensor) -> Tensor:
-        """(B, kv_heads, s, X) -> (N, kv_heads, G * s, X), s query heads that share a key head."""
-        return x.unflatten(0, (-1, self.group_size)).transpose(1, 2).flatten(2, 3)
-
-    def to_rows(self, x: Tensor) -> Tensor:
-        """(N, kv_heads, G * s, X) -> (B, kv_heads, s, X)"""
-        return x.unflatten(2, (self.group_size, -1)).transpose(1, 2).flatten(0, 1)
+        self.response[layer].index_copy_(4, self.t, torch.stack([key, value]))
+        keys, values = self.response[layer, ..., :self.keys_read, :]            # (N, kv, G, R, D)
+        P = prompt_keys.shape[2]
+        self.unseen.index_fill_(-1, P + self.t, False)
+        prompt_scores = attention_scores(query.flatten(2, 3), prompt_keys).unflatten(2, (G, -1))
+        scores = torch.cat([prompt_scores, attention_scores(query, keys)], dim=-1)
+        unseen = self.unseen[..., :P + self.keys_read]
+        weights = (scores.masked_fill(unseen, -torch.inf) * scaling).softmax(-1)
+        to_prompt, to_response = weights[..., :P], weights[..., P:]
+        if layer in self.read_layers:
+            of_heads = to_prompt.transpose(1, 2).flatten(2, 3)                  # (N, G, heads, P)
+            to_frames = of_heads.mean(2) @ self.pooling                         # (N, G, F)
+            self.frame_attention.index_add_(2, self.t, to_frames[:, :, None],
+                                            alpha=1 / len(self.read_layers))
+        prompt_output = to_prompt.to(values.dtype).flatten(2, 3) @ prompt_values
+        output = prompt_output.unflatten(2, (G, -1)) + to_response.to(values.dtype) @ values
+        return output.transpose(1, 2).reshape(N * G, 1, -1, head_dim)
 
 
 # ---------------------------------------------------------------------------------------- rollout
@@ -502,10 +488,10 @@ class Rollout:
     frame_attention: Tensor     # (G, R, F), see the function of that name; 0 if no layer is read
 
 
-# By how many response columns the keys that decoding reads grow at a time, and how many tokens
-# share a CUDA graph. A multiple of 8, since a GPU is asked every 8 tokens whether all rows have
-# ended. Only one graph lives at a time: to free one while another shares its cuBLAS workspace is an
-# error (pytorch issue 193402).
+# By how many tokens the response keys that decoding reads grow at a time, and how many tokens share
+# a CUDA graph. A multiple of 8, since a GPU is asked every 8 tokens whether all rows have ended.
+# Only one graph lives at a time: to free one while another shares its cuBLAS workspace is an error
+# (pytorch issue 193402).
 BLOCK = 128
 
 
@@ -518,26 +504,72 @@ def rollout(model, prompts: list[EncodedPrompt], uniforms: Tensor, *, temperatur
     uniforms: float64 (N, G, max_new_tokens) in [0, 1), the only source of randomness: token t is
         the one at which the cumulative distribution passes uniforms[..., t].
     attention_layers: how many of the last layers' attention to the frames is read.
-    choose(logits (B, V), ids (B, max_new_tokens)) -> ids (B,): replaces sampling. Places of `ids`
-        that are still to come repeat the last prompt token.
+    choose(logits (B, V), ids (B, 1 + max_new_tokens)) -> ids (B,): replaces sampling. `ids` are the
+        last prompt token and the response; places still to come repeat the last prompt token.
     cuda_graph: record decoding on a GPU and replay it, `choose` with it.
     """
-    decoder = Decoder(model, prompts, uniforms, temperature, attention_layers, choose)
-    max_new_tokens = uniforms.shape[-1]
-    on_gpu = model.device.type == "cuda"
-    for t in range(max_new_tokens):
-        if t % BLOCK == 0:
-            next_token = decoder.next_token
-            decoder.cache.width = min(t + BLOCK, max_new_tokens)
-        elif t % BLOCK == 1 and cuda_graph and on_gpu:
-            # The token before it ran eagerly at this width, which was the warm-up. Recording
+    N, G, max_new_tokens = uniforms.shape
+    device, language_model = model.device, model.model.language_model
+    ends, excluded = end_token_ids(model), excluded_token_ids(model)
+    cache = DecodingCache(language_model, prompts, G, max_new_tokens, attention_layers)
+    t = cache.t
+    uniforms = uniforms.to(device).flatten(0, 1)                                # (B, R)
+    log_probs = torch.zeros(uniforms.shape, device=device)                      # (B, R)
+    entropy = torch.zeros_like(log_probs)
+    # The tokens that are fed are the last one of the prompt and those of the response.
+    last_ids = torch.stack([prompt.input_ids[-1:] for prompt in prompts])       # (N, 1)
+    ids = last_ids.repeat_interleave(G, dim=0).repeat(1, 1 + max_new_tokens)    # (B, 1 + R)
+    positions = []
+    for prompt in prompts:
+        of_response = prompt.next_position + torch.arange(max_new_tokens - 1, device=device)
+        positions.append(torch.cat([prompt.positions[:, -1:], of_response.expand(3, -1)], dim=1))
+    positions = torch.stack(positions, dim=1).repeat_interleave(G, dim=1)       # (3, B, R)
+
+    def next_token() -> None:
+        """Feed the last token of every row and sample the next one. All stays on the device, and
+        what outlives the call is written in place: so a CUDA graph can replay it."""
+        embeds = language_model.embed_tokens(ids.index_select(1, t))            # (B, 1, H)
+        hidden = hidden_states(language_model, embeds, positions.index_select(2, t), cache.decode)
+        logits = sampling_logits(model.lm_head(hidden[:, 0]), excluded, temperature)    # (B, V)
+        new_log_probs = logits.log_softmax(-1)
+        probs = new_log_probs.exp()
+        if choose is None:
+            cumulative = probs.cumsum(-1, dtype=torch.float64)
+            threshold = uniforms.index_select(1, t) * cumulative[:, -1:]
+            sampled = torch.searchsorted(cumulative, threshold, right=True)     # (B, 1)
+            sampled = sampled.clamp(max=logits.shape[-1] - 1)
+        else:
+            sampled = choose(logits, ids)[:, None]
+        ids.index_copy_(1, t + 1, sampled)
+        log_probs.index_copy_(1, t, new_log_probs.gather(-1, sampled))
+        entropy.index_copy_(1, t, torch.special.entr(probs).sum(-1, keepdim=True))
+        t.add_(1)
+
+    on_gpu = device.type == "cuda"
+    for count in range(1, max_new_tokens + 1):
+        if count % BLOCK == 1:
+            run = next_token
+            cache.keys_read = min(count - 1 + BLOCK, max_new_tokens)
+        elif count % BLOCK == 2 and cuda_graph and on_gpu:
+            # The token before it ran eagerly with as many keys, which was the warm-up. Recording
             # computes nothing; the replays compute this token and the rest of the block.
-            next_token = recorded(decoder.next_token)
-        next_token()
+            run = recorded(next_token)
+        run()
         # Asking a GPU makes the host wait for it, so it is not asked after every token.
-        if (t % 8 == 7 or not on_gpu) and decoder.all_ended():
-            break
-    return decoder.rollouts()
+        if count % 8 == 0 or not on_gpu:
+            if torch.isin(ids[:, 1:count + 1], ends).any(1).all():
+                break
+    is_end = torch.isin(ids[:, 1:count + 1], ends).long()
+    masks = is_end.cumsum(1) - is_end == 0      # no end token stands before it
+    rollouts = []
+    for i, prompt in enumerate(prompts):        # cut to the longest response of each group
+        rows = slice(i * G, (i + 1) * G)
+        R = int(masks[rows].sum(1).max())
+        mask = masks[rows, :R]
+        response = [x[rows, :R].where(mask, 0) for x in (ids[:, 1:], log_probs, entropy)]
+        attention = cache.frame_attention[i, :, :R, :prompt.num_frames] * mask[:, :, None]
+        rollouts.append(Rollout(prompt, response[0], mask, *response[1:], attention))
+    return rollouts
 
 
 def recorded(function: Callable[[], None]) -> Callable[[], None]:
@@ -547,83 +579,6 @@ def recorded(function: Callable[[], None]) -> Callable[[], None]:
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         function()
     return graph.replay
-
-
-class Decoder:
-    """The state of a rollout. Everything stays on the device and at its address."""
-
-    def __init__(self, model, prompts, uniforms, temperature, attention_layers, choose):
-        N, G, max_new_tokens = uniforms.shape
-        device = model.device
-        self.language_model, self.lm_head = model.model.language_model, model.lm_head
-        self.prompts, self.temperature, self.choose = prompts, temperature, choose
-        self.uniforms = uniforms.to(device).flatten(0, 1)                       # (B, R)
-        self.ends, self.excluded = end_token_ids(model), excluded_token_ids(model)
-        self.cache = DecodingCache(self.language_model, prompts, G, max_new_tokens,
-                                   attention_layers)
-        for number, prompt in enumerate(prompts):       # once per group, without its last token
-            self.language_model(
-                inputs_embeds=prompt_embeds(self.language_model, prompt)[None, :-1],
-                position_ids=prompt.positions[:, None, :-1], use_cache=False,
-                attention_mask={"full_attention": None},
-                attend=partial(self.cache.prefill, number))
-
-        def per_row(values: list[Tensor]) -> Tensor:
-            return torch.stack(values, dim=-1).repeat_interleave(G, dim=-1)
-
-        self.token = per_row([prompt.input_ids[-1] for prompt in prompts])      # (B,), fed next
-        self.last_position = per_row([prompt.positions[:, -1] for prompt in prompts])   # (3, B)
-        starts = [torch.tensor(prompt.next_position, device=device) for prompt in prompts]
-        self.next_position = per_row(starts)                                    # (B,)
-        self.ids = self.token[:, None].repeat(1, max_new_tokens)                # (B, R)
-        self.lengths = torch.full_like(self.token, max_new_tokens)              # (B,)
-        self.log_probs = torch.zeros(self.uniforms.shape, device=device)        # (B, R)
-        self.entropy = torch.zeros_like(self.log_probs)
-
-    def next_token(self) -> None:
-        """Feed the last token of every row and sample the next one."""
-        column = self.cache.column
-        position = torch.where(column == 0, self.last_position, self.next_position + column - 1)
-        hidden = self.language_model(
-            inputs_embeds=self.language_model.embed_tokens(self.token)[:, None],
-            position_ids=position[:, :, None], attention_mask={"full_attention": None},
-            use_cache=False, attend=self.cache.decode).last_hidden_state[:, 0]  # (B, H)
-        logits = sampling_logits(self.lm_head(hidden), self.excluded, self.temperature)
-        log_probs = logits.log_softmax(-1)                                      # (B, V)
-        probs = log_probs.exp()
-        if self.choose is None:
-            cumulative = probs.cumsum(-1, dtype=torch.float64)
-            threshold = self.uniforms.index_select(1, column) * cumulative[:, -1:]
-            sampled = torch.searchsorted(cumulative, threshold, right=True)     # (B, 1)
-            sampled = sampled.clamp(max=logits.shape[-1] - 1)
-        else:
-            sampled = self.choose(logits, self.ids)[:, None]
-        self.ids.index_copy_(1, column, sampled)
-        self.log_probs.index_copy_(1, column, log_probs.gather(-1, sampled))
-        entropy = torch.special.entr(probs).sum(-1, keepdim=True)
-        self.entropy.index_copy_(1, column, entropy)
-        column.add_(1)
-        self.token.copy_(sampled[:, 0])
-        running = self.lengths == self.ids.shape[1]
-        ends_here = (sampled == self.ends).any(-1) & running
-        self.lengths.copy_(torch.where(ends_here, column, self.lengths))
-
-    def all_ended(self) -> bool:
-        return bool((self.lengths <= self.cache.column).all())
-
-    def rollouts(self) -> list[Rollout]:
-        """The responses of each prompt, cut to the longest of its group."""
-        rollouts, G = [], self.cache.group_size
-        for i, prompt in enumerate(self.prompts):
-            rows = slice(i * G, (i + 1) * G)
-            lengths = self.lengths[rows]
-            R = int(lengths.max())
-            mask = torch.arange(R, device=lengths.device) < lengths[:, None]    # (G, R)
-            ids, log_probs, entropy = (x[rows, :R].where(mask, 0)
-                                       for x in (self.ids, self.log_probs, self.entropy))
-            attention = self.cache.frame_attention[i, :, :R, :prompt.num_frames] * mask[:, :, None]
-            rollouts.append(Rollout(prompt, ids, mask, log_probs, entropy, attention))
-        return rollouts
 
 
 # ------------------------------------------------- log-probabilities of a group, and its attention
@@ -653,37 +608,30 @@ class Policy(nn.Module):
         The logits, without gradient, are those of the distributions the tokens were sampled from.
         """
         group = group or PackedGroup(prompt, response_mask)
-        row, column = response_mask.nonzero(as_tuple=True)                      # (T,) each
-        P, T = len(prompt.input_ids), len(row)
         targets = response_ids[response_mask]                                   # (T,)
         embeds = torch.cat([prompt_embeds(self.language_model, prompt),
                             self.language_model.embed_tokens(targets)])         # (P + T, H)
-        response_positions = (prompt.next_position + column).expand(3, -1)
+        response_positions = (prompt.next_position + group.column).expand(3, -1)
         positions = torch.cat([prompt.positions, response_positions], dim=1)    # (3, P + T)
-        hidden = self.language_model(
-            inputs_embeds=embeds[None], position_ids=positions[:, None], use_cache=False,
-            attention_mask={"full_attention": None}, attend=group.attend).last_hidden_state[0]
-        # The distribution of a token comes from the place before it: in the packed sequence, and
-        # for the first token of a response at the end of the prompt.
-        before = torch.arange(P - 1, P + T - 1, device=row.device)
-        hidden = hidden[before.where(column > 0, P - 1)]                        # (T, H)
-        logits = hidden.new_empty(0)
+        hidden = hidden_states(self.language_model, embeds[None], positions[:, None],
+                               group.attend)
+        hidden = hidden[0, group.before]                                        # (T, H)
+        logits = None
         if keep_logits:
             logits = hidden.new_zeros(*response_ids.shape, self.lm_head.out_features)
-        chunks = []
+        log_probs = []
         # In checkpointed chunks: the fp32 logits (T, V) of a 3B model would be the largest tensor
         # of the whole update.
-        for start in range(0, T, 512):
+        for start in range(0, len(targets), 512):
             chunk = slice(start, start + 512)
-            log_probs, chunk_logits = checkpoint(self.head, hidden[chunk], targets[chunk],
-                                                 use_reentrant=False)
-            chunks.append(log_probs)
+            chunk_log_probs, chunk_logits = checkpoint(self.head, hidden[chunk], targets[chunk],
+                                                       use_reentrant=False)
+            log_probs.append(chunk_log_probs)
             if keep_logits:
-                logits[row[chunk], column[chunk]] = chunk_logits.detach().to(logits.dtype)
+                places = group.row[chunk], group.column[chunk]
+                logits[places] = chunk_logits.detach().to(logits.dtype)
             del chunk_logits    # before the next chunk's
-        result = hidden.new_zeros(response_mask.shape, dtype=torch.float32)     # (G, R)
-        result = result.masked_scatter(response_mask, torch.cat(chunks))
-        return result, logits if keep_logits else None
+        return group.unpack(torch.cat(log_probs)), logits
 
     def head(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """hidden (T, H), targets (T,) -> log-probabilities (T,), logits (T, V)"""
@@ -697,15 +645,15 @@ def frame_attention(policy: Policy, prompt: EncodedPrompt, response_ids: Tensor,
                     response_mask: Tensor, layers: int = 3) -> Tensor:
     """How much each token of given responses attends to each frame, whoever sampled them.
 
-    The query is the one that generated the token: the token before it, and the prompt's last for
+    The query is the one that predicted the token: the token before it, and the prompt's last for
     the first. Its attention weights are averaged over the visual tokens of a frame, over all heads
     and over the last layers (paper, section 3.2). `rollout` reads the same while it decodes.
     A token that attends evenly to a prompt of P tokens has 1 / P for every frame.
 
     response_ids (G, R), response_mask bool (G, R) -> fp32 (G, R, F), 0 in the padding
     """
-    num_layers = len(policy.language_model.layers)
-    group = PackedGroup(prompt, response_mask, num_layers, min(layers, num_layers))
+    last_layers = range(len(policy.language_model.layers))[-layers:]
+    group = PackedGroup(prompt, response_mask, last_layers)
     policy(prompt, response_ids, response_mask, group=group)
     return torch.stack(group.frame_attention).mean(0) * response_mask[..., None]
 
@@ -718,10 +666,7 @@ def pool_attention(attentions: tuple, frame_of_token: Tensor, layers: int = 3) -
         video token, -1 elsewhere -> fp32 (G, R, F). Padding is not masked.
     """
     P = len(frame_of_token)
-    num_frames = int(frame_of_token.max()) + 1
-    frames = torch.arange(num_frames, device=frame_of_token.device)
-    pooling = (frame_of_token[:, None] == frames).float()                       # (P, F)
-    pooling = pooling / pooling.sum(0).clamp(min=1)
+    pooling = frame_pooling(frame_of_token, int(frame_of_token.max()) + 1)      # (P, F)
     tokens = []
     for of_layers in attentions:
         read = [weights[:, :, -1, :P].float().mean(1) for weights in of_layers[-layers:]]   # (G, P)
@@ -732,11 +677,10 @@ def pool_attention(attentions: tuple, frame_of_token: Tensor, layers: int = 3) -
 def dummy_rollout(model) -> Rollout:
     """The smallest group that a policy can take: one prompt token, one response of one token."""
     ids = end_token_ids(model)[:1]                                              # (1,)
-    no_visual = torch.zeros(0, model.config.text_config.hidden_size, device=model.device)
-    prompt = EncodedPrompt(input_ids=ids, positions=ids.new_zeros(3, 1), next_position=1,
-                           visual_mask=ids < 0, visual_embeds=no_visual,
-                           frame_of_token=ids.new_full((1,), -1), num_frames=0)
     zeros = torch.zeros(1, 1, device=model.device)
+    prompt = EncodedPrompt(input_ids=ids, positions=ids.new_zeros(3, 1), next_position=1,
+                           visual_mask=ids < 0, visual_embeds=zeros[:0],
+                           frame_of_token=ids.new_full((1,), -1), num_frames=0)
     return Rollout(prompt, ids[None], zeros == 0, zeros, zeros, zeros.new_zeros(1, 1, 0))
 
 
@@ -757,12 +701,10 @@ def shard(policy: Policy, device: torch.device, cpu_offload: bool = False) -> Po
     On a GPU, computation is in bf16 and gradients are reduced in fp32. cpu_offload: what is split
     lies in host memory, and a layer's weights are on the GPU only while they are needed.
     """
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    precision = MixedPrecisionPolicy()
-    if device.type == "cuda":
-        precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     # Gathered weights stay from the forward to the backward pass, unless memory is short.
-    options = dict(mesh=mesh, mp_policy=precision, reshard_after_forward=cpu_offload)
+    options = dict(mesh=init_device_mesh(device.type, (dist.get_world_size(),)),
+                   mp_policy=MixedPrecisionPolicy(compute_type(device), torch.float32),
+                   reshard_after_forward=cpu_offload)
     if cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     for layer in policy.language_model.layers:
@@ -773,6 +715,8 @@ def shard(policy: Policy, device: torch.device, cpu_offload: bool = False) -> Po
 @torch.no_grad()
 def refresh(model, policy: Policy) -> None:
     """Copy the policy's weights into the rollout model. A collective call."""
+    # The two are the same modules in the same order, so their parameters correspond. A weight that
+    # the embedding and the head share is one parameter in both, and comes once.
     targets = nn.ModuleList([model.model.language_model, model.lm_head]).parameters()
     for target, source in zip(targets, policy.parameters(), strict=True):
         source = source.to(target.device, target.dtype)     # before it is gathered: half the bytes
@@ -804,12 +748,31 @@ class RunFolder:
         self.unreadable = 0     # samples that could not be read
         self.not_finite: list[list[str]] = []   # samples of the last steps with a bad gradient
         self.checkpoint: Path | None = None     # to resume from
+        model = Path(settings["model"]).resolve()
         if settings["resume"]:
             self.find_checkpoint(may_differ)
-        model = Path(settings.get("model") or "").resolve()
-        if not settings["resume"] and self.path.resolve() in (model, *model.parents):
+        elif self.path.resolve() in (model, *model.parents):
             raise RunError(f"--output {self.path} holds the model {settings['model']}, and a new "
                            "run moves it aside; give another --output")
+
+    def find_checkpoint(self, may_differ: tuple[str, ...]) -> None:
+        config = self.path / "config.json"
+        if not config.exists():
+            raise RunError(f"{self.path}: no run to resume; leave out --resume or fix --output")
+        for name, before in json.loads(config.read_text())["settings"].items():
+            now = self.settings.get(name)
+            if name not in (*may_differ, "resume") and now != before:
+                raise RunError(f"--{name} is {now} and was {before} in {self.path}; resume with "
+                               "the same settings")
+        states = sorted(self.path.glob(COMPLETE))
+        if states:
+            self.checkpoint = states[-1].parent
+            state = json.loads(states[-1].read_text())
+            self.step, self.position = state["step"], state["position"]
+            self.unreadable = state["unreadable"]
+        elif (self.path / "checkpoint").exists():
+            raise RunError(f"{self.path}: the run has finished, and has no checkpoint to resume "
+                           "from; leave out --resume")
 
     def start_or_resume(self, model, policy, optimizer) -> None:
         """Prepare the folder and load the checkpoint, if there is one; the number of processes may
@@ -826,10 +789,10 @@ class RunFolder:
 
     def start(self) -> None:
         if (self.path / "config.json").exists():
-            number = 1
-            while self.path.with_name(f"{self.path.name}.{number}").exists():
+            aside, number = self.path, 0
+            while aside.exists():
                 number += 1
-            aside = self.path.with_name(f"{self.path.name}.{number}")
+                aside = self.path.with_name(f"{self.path.name}.{number}")
             self.path.rename(aside)
             print(f"the earlier run is now {aside}", file=sys.stderr)
         self.path.mkdir(parents=True, exist_ok=True)
@@ -837,37 +800,16 @@ class RunFolder:
                   "transformers": transformers.__version__, "processes": dist.get_world_size()}
         (self.path / "config.json").write_text(json.dumps(config, indent=1))
 
-    def find_checkpoint(self, may_differ: tuple[str, ...]) -> None:
-        config = self.path / "config.json"
-        if not config.exists():
-            raise RunError(f"{self.path}: no run to resume; leave out --resume or fix --output")
-        for name, before in json.loads(config.read_text())["settings"].items():
-            now = self.settings.get(name)
-            if name not in (*may_differ, "resume") and now != before:
-                raise RunError(f"--{name} is {now} and was {before} in {self.path}; resume with "
-                               "the same settings")
-        complete = [state.parent for state in sorted(self.path.glob("step-??????/state.json"))]
-        if not complete and (self.path / "checkpoint").exists():
-            raise RunError(f"{self.path}: the run has finished, and has no checkpoint to resume "
-                           "from; leave out --resume")
-        if complete:
-            self.checkpoint = complete[-1]
-            state = json.loads((self.checkpoint / "state.json").read_text())
-            self.step, self.position = state["step"], state["position"]
-            self.unreadable = state["unreadable"]
-
     def cut_logs(self) -> None:
         """Drop what was logged after the checkpoint; a killed run may end in half a line."""
         for name in ("metrics", "samples", "skipped", "held_out"):
-            log = self.path / f"{name}.jsonl"
+            log, cut = self.path / f"{name}.jsonl", self.path / f"{name}.cut"
             if not log.exists():
                 continue
-            lines = log.read_text().splitlines(keepends=True)
-            complete = [line for line in lines if line.endswith("\n")]
-            before = []
-            if self.checkpoint is not None:
-                before = [line for line in complete if json.loads(line)["step"] <= self.step]
-            cut = log.with_suffix(".cut")
+            complete = [line for line in log.read_text().splitlines(True) if line.endswith("\n")]
+            before = [line for line in complete if json.loads(line)["step"] <= self.step]
+            if self.checkpoint is None:
+                before = []     # not even step 0 is kept: it is done again
             cut.write_text("".join(before))
             cut.replace(log)
 
@@ -884,7 +826,7 @@ class RunFolder:
             raise RunError(f"{self.unreadable} of {self.position} samples could not be read, over "
                            f"5%; fix the videos listed in {self.path / 'skipped.jsonl'}")
         self.not_finite.append(sample_ids)
-        if torch.tensor(grad_norm).isfinite():
+        if math.isfinite(grad_norm):
             self.not_finite.clear()
         if len(self.not_finite) == 3:
             raise RunError("the gradient was not finite in 3 steps in a row; look at the samples "
@@ -906,25 +848,7 @@ class RunFolder:
         dist.barrier()
 
 
-def save_training_state(folder: Path, policy, optimizer) -> None:
-    """The policy's weights and the optimizer's moments, by all processes together."""
-    import torch.distributed.checkpoint as checkpoints                      # slow to import
-    from torch.distributed.checkpoint.state_dict import get_state_dict
-    try:
-        weights, moments = get_state_dict(policy, optimizer)
-        checkpoints.save({"policy": weights, "optimizer": moments}, checkpoint_id=folder)
-    except checkpoints.CheckpointException as error:
-        raise OSError(str(error)) from error
-
-
-def load_training_state(folder: Path, policy, optimizer) -> None:
-    import torch.distributed.checkpoint as checkpoints
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-    weights, moments = get_state_dict(policy, optimizer)
-    checkpoints.load({"policy": weights, "optimizer": moments}, checkpoint_id=folder)
-    set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments)
-
-
+COMPLETE = "step-??????/state.json"     # in a run folder, of each checkpoint to resume from
 # All that a Hugging Face folder of Qwen2.5-VL may hold beside the weights.
 SOURCE_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -933,15 +857,38 @@ SOURCE_FILES = (
     "video_preprocessor_config.json", "processor_config.json")
 
 
+def source_files(source: str, local_files_only: bool) -> list[Path]:
+    """The files of a model beside its weights; those of the hub are fetched into its cache."""
+    paths = [cached_file(source, name, local_files_only=local_files_only,
+                         _raise_exceptions_for_missing_entries=False) for name in SOURCE_FILES]
+    return [Path(path) for path in paths if path is not None]
+
+
+def copy_source_files(source: str, folder: Path) -> None:
+    for name in SOURCE_FILES:       # transformers has written some of them anew
+        (folder / name).unlink(missing_ok=True)
+    try:
+        files = source_files(source, local_files_only=True)
+    except OSError:     # a folder that is gone is taken for a name that no hub has
+        files = []
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+    if not (folder / "config.json").exists():
+        raise RunError(f"{source}: its files are gone, and a checkpoint copies them; put them back "
+                       "and continue with --resume")
+
+
 def save_checkpoint(folder: Path, model, tokenizer, source: str | None, policy=None,
                     optimizer=None, state: dict | None = None) -> None:
-    """Write an ordinary Hugging Face folder; with a policy, also what a run resumes from.
+    """Write an ordinary Hugging Face folder; with a policy, also what a run resumes from: the
+    policy's weights and the optimizer's moments, by all processes together, and the state.
 
     The files beside the weights are those of the `source` model, unchanged, so whatever loads the
     source loads the checkpoint. All is written to a folder beside, which is renamed when complete.
     """
-    folder = Path(folder)
-    partial_folder = Path(f"{folder}.partial")
+    import torch.distributed.checkpoint as checkpoints                      # slow to import
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+    partial_folder = folder.with_name(f"{folder.name}.partial")
     writes = not dist.is_initialized() or dist.get_rank() == 0
     try:
         if writes:
@@ -952,67 +899,58 @@ def save_checkpoint(folder: Path, model, tokenizer, source: str | None, policy=N
             else:
                 copy_source_files(source, partial_folder)
         if policy is not None:
-            save_training_state(partial_folder / "training", policy, optimizer)
+            weights, moments = get_state_dict(policy, optimizer)
+            checkpoints.save({"policy": weights, "optimizer": moments},
+                             checkpoint_id=partial_folder / "training")
         if writes:
             if state is not None:
                 (partial_folder / "state.json").write_text(json.dumps(state))
             if folder.exists():
                 shutil.rmtree(folder)
             partial_folder.rename(folder)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, checkpoints.CheckpointException) as error:
         reason = " ".join(str(error).split())[-300:]    # the cause comes last
-        raise RunError(f"{folder}: cannot be written ({reason}); make room on the disk. The last "
-                       "complete checkpoint is intact, continue with --resume") from error
+        fix = "make room on the disk"
+        if any(folder.parent.glob(COMPLETE)):
+            fix += ". The last complete checkpoint is intact, continue with --resume"
+        raise RunError(f"{folder}: cannot be written ({reason}); {fix}") from error
 
 
-def source_files(source: str, local_files_only: bool) -> dict[str, str]:
-    """The path of each file beside the weights; files of the hub are fetched into its cache."""
-    paths = {}
-    for name in SOURCE_FILES:
-        path = cached_file(source, name, local_files_only=local_files_only,
-                           _raise_exceptions_for_missing_entries=False)
-        if path is not None:
-            paths[name] = path
-    return paths
-
-
-def copy_source_files(source: str, folder: Path) -> None:
-    for written in [*folder.glob("config.json"), *folder.glob("generation_config.json")]:
-        written.unlink()
-    files = source_files(source, local_files_only=True)
-    if "config.json" not in files:
-        raise RunError(f"{source}: its files are gone, and a checkpoint copies them; put them back "
-                       "and continue with --resume")
-    for name, path in files.items():
-        shutil.copyfile(path, folder / name)
+def load_training_state(folder: Path, policy, optimizer) -> None:
+    import torch.distributed.checkpoint as checkpoints
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    weights, moments = get_state_dict(policy, optimizer)
+    checkpoints.load({"policy": weights, "optimizer": moments}, checkpoint_id=folder)
+    set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments)
 
 
 class StopRequest:
-    """Whether a signal requested a stop."""
-
-    def __init__(self):
-        self.requested, self.at = False, 0.0
-
-    def on_signal(self, number: int, _) -> None:
-        """First signal: stop after this training step. Another one, more than 5 s later: exit at
-        once. A job manager and torchrun may both send the first one."""
-        if self.requested and time.monotonic() > self.at + 5:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        if not self.requested:
-            self.requested, self.at = True, time.monotonic()
+    """Whether a signal requested a stop, and since when."""
+    requested, since = False, 0.0
 
 
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """Inside, SIGINT and SIGTERM request a stop; afterwards the handlers are as before."""
-    request, before = StopRequest(), {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, request.on_signal)
+    """Inside, SIGINT, SIGTERM and SIGHUP request a stop after this training step. Another one, more
+    than 5 s later, exits at once: a job manager and torchrun may both send the first one."""
+    stop = StopRequest()
+
+    def on_signal(number: int, _) -> None:
+        if not stop.requested:
+            stop.requested, stop.since = True, time.monotonic()
+        elif time.monotonic() > stop.since + 5:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    for number, handler in zip(numbers, before):
+        if handler != signal.SIG_IGN:       # under nohup a run outlives its terminal
+            signal.signal(number, on_signal)
     try:
-        yield request
+        yield stop
     finally:
-        for number, handler in before.items():
+        for number, handler in zip(numbers, before):
             signal.signal(number, handler)
 
 
