@@ -2220,7 +2220,7 @@ def test_throughput_command(toy, tmp_path, capsys):
         assert min(figures["rollout"] + figures["weights"] + figures["update"]) > 0
         assert f"{2 / np.median(figures['step']):.3f}" in text
         if Path("/proc/self/status").exists():
-            assert 0.1 < min(figures["GB"]) < max(figures["GB"]) < 1 < ballast.nbytes / 1e9
+            assert 0.1 < figures["GB"][0] < 1 < ballast.nbytes / 1e9
     for values in plain["step"], np.divide(ours["step"], plain["step"]):
         assert f"{np.median(values):.3f} ({min(values):.3f} to {max(values):.3f})" in text
 
