@@ -383,7 +383,8 @@ class Group:
     prompt: data.Prompt | None              # None only in a dummy, a filler without effect for a
                                             # process that has fewer groups than another
     rollout: Rollout                        # response_ids, response_mask, log_probs, entropy,
-                                            # frame_attention, and .prompt, the encoded prompt
+                                            # frame_attention; .encoded is the prompt with
+                                            # its embedded video
     loss_scale: float = 1.0                 # 0 in a dummy
     # step 3
     texts: list[str] = field(default_factory=list)
@@ -480,7 +481,7 @@ def score_group(run: Run, group: Group) -> None:
     reward, group.accuracy, group.format = scores.T
     group.reward = reward + overlong_penalty(mask.sum(1), s.max_new_tokens, s.overlong_buffer)
     group.advantages = group_advantages(group.reward)
-    group.crucial = torch.zeros(rollout.prompt.num_frames, dtype=torch.bool, device=mask.device)
+    group.crucial = torch.zeros(rollout.encoded.num_frames, dtype=torch.bool, device=mask.device)
     if s.alpha:
         group.crucial = crucial_frames(rollout.frame_attention, mask, group.accuracy, k1=s.k1,
                                        k2=s.k2, threshold=s.threshold, strategy=s.strategy)
@@ -510,12 +511,12 @@ def collect_groups(run: Run, batches: Iterator[Batch]) -> tuple[list[Group], lis
             sampled = [g for g in sampled if (g.accuracy != g.accuracy[0]).any()]
         groups += sampled
         skipped += unusable
-        of_processes = model_utils.gather([group.position for group in groups])
+        of_processes = model_utils.all_gather([group.position for group in groups])
         positions = sorted(sum(of_processes, []))           # of the groups of all processes
         if len(positions) >= s.prompts_per_step:
             break
     chosen = positions[:s.prompts_per_step]                 # the same in all processes
-    skipped = sum(model_utils.gather(skipped), [])
+    skipped = sum(model_utils.all_gather(skipped), [])
     return [group for group in groups if group.position in chosen], skipped
 
 
@@ -547,7 +548,7 @@ def plan_passes(run: Run, groups: list[Group]) -> tuple[list[Group], int, bool]:
     s = run.settings
     active = [g for g in groups if s.kl_coef or s.masked_video or g.advantages.any()]
     finite = all(g.rollout.log_probs.isfinite().all() for g in groups)
-    counts = model_utils.gather((len(active), len(groups), finite))     # of every process
+    counts = model_utils.all_gather((len(active), len(groups), finite))     # of every process
     most_active = max(number_active for number_active, _, _ in counts)
     total = sum(number_of_groups for _, number_of_groups, _ in counts)
     dummies = [dummy_group(run) for _ in range(max(1, most_active) - len(active))]
@@ -574,7 +575,7 @@ def update(run: Run, groups: list[Group]) -> list[float]:
         first = number == 0
         for group in batch:
             log_probs, logits = run.policy(
-                group.rollout.prompt, group.rollout.response_ids, group.rollout.response_mask,
+                group.rollout.encoded, group.rollout.response_ids, group.rollout.response_mask,
                 keep_logits=first and s.alpha > 0)
             # Before the first update on a batch, the policy is the model that sampled it, but in
             # fp32. Its log-probabilities are more exact than those noted while sampling.
@@ -655,7 +656,7 @@ def train(s: Settings, reward: Callable = data.task_reward,
             last = step == steps
             if last or s.eval_every and step % s.eval_every == 0:
                 folder.log("held_out", *score_held_out(run, held_out, reader, step))
-            stopping = any(model_utils.gather(stop.requested)) and not last
+            stopping = any(model_utils.all_gather(stop.requested)) and not last
             if stopping or s.save_every and step % s.save_every == 0:
                 folder.save(run.model, run.tokenizer, s.model, run.policy, run.optimizer)
             if stopping:
@@ -708,10 +709,10 @@ def add_reference_log_probs(run: Run, group: Group) -> None:
     """Before step 6: the log-probabilities that the KL terms of GRPO and PAPO compare with."""
     prompt, rollout = group.prompt, group.rollout
     if run.reference is not None:
-        group.ref_log_probs, _ = run.reference(rollout.prompt, rollout.response_ids,
+        group.ref_log_probs, _ = run.reference(rollout.encoded, rollout.response_ids,
                                                rollout.response_mask)
     if run.settings.masked_video:
-        masked = rollout.prompt
+        masked = rollout.encoded
         if prompt is not None:      # a dummy has no video
             patches = data.mask_patches(prompt.patches, prompt.video_grids + prompt.image_grids,
                                         random_numbers(run.settings.seed, MASK, group.position))
@@ -833,7 +834,7 @@ def group_metrics(run: Run, group: Group) -> dict[str, float]:
 
 def batch_metrics(run: Run, groups: list[Group], seconds: float) -> dict[str, float]:
     """The mean of each metric over the groups that have it; two metrics take the maximum."""
-    of_processes = model_utils.gather([(g.position, group_metrics(run, g)) for g in groups])
+    of_processes = model_utils.all_gather([(g.position, group_metrics(run, g)) for g in groups])
     # In the order of the stream, so that the sums are the same for any number of processes.
     in_order = sorted(sum(of_processes, []), key=lambda pair: pair[0])
     columns = defaultdict(list)
@@ -913,7 +914,7 @@ def score_held_out(run: Run, samples: list[data.Sample], reader: data.VideoReade
     for batch in data.read_ahead(reader, batches):
         prompts, _ = data.build_prompts(batch, run.tokenizer, s.max_prompt_tokens)
         scores += score_prompts(run, prompts)
-    scores = sum(model_utils.gather(scores), [])
+    scores = sum(model_utils.all_gather(scores), [])
     if not samples:
         return []
     record = {"step": step, "samples": len(scores)}

@@ -93,7 +93,7 @@ def evaluation_decoding(prompts: list, vocabulary: int,
     With a single candidate (top-k 1) temperature and top-p change nothing: the choice is the argmax
     of the penalised logits. The penalty divides the positive and multiplies the negative logits of
     every token that occurs in the prompt or in the response so far.
-    Returns choose(logits (B, V), ids (B, R)) -> ids (B,).
+    Returns choose(logits (B, V), ids (B, 1 + R)) -> ids (B,).
     """
     device = prompts[0].input_ids.device
     in_prompt = torch.zeros(len(prompts), vocabulary, dtype=torch.bool, device=device)
@@ -765,7 +765,7 @@ def plain_step(run: appo.Run, group: appo.Group, scale: float = 1.0) -> tuple[Te
     of the responses only. Adds the gradient of scale * loss to run.model.
     Returns (log_probs (G, R), frame_attention (G, R, F)).
     """
-    s, model, prompt = run.settings, run.model, group.rollout.prompt
+    s, model, prompt = run.settings, run.model, group.rollout.encoded
     ids, mask = group.rollout.response_ids, group.rollout.response_mask                  # (G, R)
     (G, R), P, device = ids.shape, len(prompt.input_ids), model.device
     prompt_ids = prompt.input_ids.expand(G, P)

@@ -74,13 +74,16 @@ def init_processes() -> tuple[int, int, torch.device]:
             raise RunError(f"torch {torch.__version__} cannot use this machine's GPU; update its "
                            "driver, install a matching torch, or hide the GPU by "
                            'CUDA_VISIBLE_DEVICES=""')
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and torch.__version__ < (2, 9):
+        raise RunError(f"torch {torch.__version__} sums the gradients of several processes where "
+                       "it should average them; install torch 2.13 or newer")
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
         dist.init_process_group(backend, **alone)
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def gather(thing) -> list:
+def all_gather(thing) -> list:
     """The thing of every process, in the order of the ranks. A collective call."""
     things = [None] * dist.get_world_size()
     dist.all_gather_object(things, thing)
@@ -220,12 +223,10 @@ class EncodedPrompt:
 
 
 @torch.no_grad()
-def encode_prompts(model, prompts: list,
-                   patches: list[Tensor] | None = None) -> list[EncodedPrompt]:
+def encode_prompts(model, prompts: list) -> list[EncodedPrompt]:
     """Embed the videos and images of all prompts in one call of the vision tower.
 
-    prompts: data.Prompt or anything with its fields, videos before images; patches: other patches
-    of the same shapes, to take their place (the masked video of PAPO).
+    prompts: data.Prompt or anything with its fields, videos before images.
     """
     device, config = model.device, model.config
     visual_ids = torch.tensor([config.video_token_id, config.image_token_id])
@@ -233,8 +234,7 @@ def encode_prompts(model, prompts: list,
     grids = [grid for prompt in prompts for grid in prompt.video_grids + prompt.image_grids]
     embeds = torch.empty(0, device=device)
     if grids:
-        if patches is None:
-            patches = [prompt.patches for prompt in prompts]
+        patches = [prompt.patches for prompt in prompts]
         embeds = model.model.visual(torch.cat(patches).to(device, model.dtype),
                                     grid_thw=torch.tensor(grids, device=device)).pooler_output
     of_prompts = embeds.split([int(mask.sum()) for mask in visual_masks])
@@ -480,7 +480,7 @@ class DecodingCache:
 @dataclass
 class Rollout:
     """G responses to one prompt."""
-    prompt: EncodedPrompt
+    encoded: EncodedPrompt      # the prompt
     response_ids: Tensor        # (G, R)
     response_mask: Tensor       # bool (G, R), true up to the end token and on it
     log_probs: Tensor           # (G, R), as sampled

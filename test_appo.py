@@ -694,7 +694,7 @@ def test_the_constants_of_a_group(toy, videos):
         assert torch.equal(group.advantages, appo.group_advantages(group.reward))
         crucial = appo.crucial_frames(rollout.frame_attention, mask, group.accuracy, k1=4, k2=2)
         assert torch.equal(group.crucial, crucial)
-        responses = rollout.prompt, rollout.response_ids, mask
+        responses = rollout.encoded, rollout.response_ids, mask
         start, logits = policy(*responses, keep_logits=True)
         assert_close(group.ref_log_probs, start.detach(), atol=1e-5)
         assert (group.masked_log_probs - group.old_log_probs).abs().max() > 0.01
@@ -1857,7 +1857,7 @@ def test_evaluation_decoding_equals_generate(toy, penalty):
                                    choose=choose)
     decoding = evaluate.DECODING | {"repetition_penalty": penalty, "do_sample": True}
     for prompt, rollout in zip(prompts, rollouts):
-        expected = generate(plain, prompt, rollout.prompt, max_new_tokens=20, **decoding)
+        expected = generate(plain, prompt, rollout.encoded, max_new_tokens=20, **decoding)
         response = expected.sequences[0, len(prompt.input_ids):]
         assert rollout.response_ids[rollout.response_mask].equal(response)
 
@@ -2553,12 +2553,12 @@ def test_attention_of_given_responses_on_a_gpu(gpu):
     model, tokenizer = gpu
     policy = model_utils.Policy(model, trainable=False)
     for rollout in sampled(model, tokenizer):
-        attention = model_utils.frame_attention(policy, rollout.prompt, rollout.response_ids,
+        attention = model_utils.frame_attention(policy, rollout.encoded, rollout.response_ids,
                                                 rollout.response_mask, layers=2)
         difference = (attention - rollout.frame_attention).abs().max()
         assert attention.device == CUDA and difference < 0.05 * attention.max()
     dummy = model_utils.dummy_rollout(model)
-    log_probs, _ = policy(dummy.prompt, dummy.response_ids, dummy.response_mask)
+    log_probs, _ = policy(dummy.encoded, dummy.response_ids, dummy.response_mask)
     assert log_probs.isfinite().all()
 
 
@@ -2596,7 +2596,7 @@ def sharded_step():
     assert 0 < metrics["grad_norm"] < 100 and metrics["rollout_logprob_gap"] < 0.1
     assert not torch.equal(model.lm_head.weight, before)
     weights = torch.cat([weight.flatten() for weight in model.parameters()])
-    first, second = model_utils.gather((metrics["grad_norm"], zlib.crc32(weights.numpy())))
+    first, second = model_utils.all_gather((metrics["grad_norm"], zlib.crc32(weights.numpy())))
     assert first == second
 
 
