@@ -24,7 +24,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
-from functools import cached_property
+from functools import cache, cached_property
 from multiprocessing.connection import Connection
 from pathlib import Path
 from string import ascii_uppercase as LETTERS
@@ -87,21 +87,31 @@ def clean(value) -> str:
 class Record:
     """The fields of one annotation record. Each is checked when it is read."""
     path: Path
-    id: str
+    file: str  # its name in messages
+    number: int  # from 0
     fields: dict
 
-    def error(self, name: str, fix: str) -> DataError:
-        file, _, number = self.id.rpartition(":")
-        return DataError(f"{file}, record {number}, field {name!r}: {fix}")
+    @property
+    def id(self) -> str:
+        return f"{self.file}:{self.number}"
 
     def check(self, condition, name: str, fix: str) -> None:
         if not condition:
-            raise self.error(name, fix)
+            raise DataError(f"{self.file}, record {self.number}, field {name!r}: {fix}")
 
-    def text(self, name: str) -> str:
-        text = clean(self.fields.get(name))
-        self.check(text, name, "missing or no text; write a non-empty string of valid Unicode")
+    def text(self, name: str, default: str | None = None) -> str:
+        text = clean(self.fields.get(name)) or default
+        self.check(text is not None, name, "missing or no text; write a non-empty string of valid "
+                   "Unicode")
         return text
+
+    def seconds(self, name: str) -> float | None:
+        value = self.fields.get(name)
+        if value is None:
+            return None
+        finite = type(value) in (int, float) and abs(value) < 1e9
+        self.check(finite, name, "not a finite number; write seconds")
+        return float(value)
 
     def texts(self, name: str) -> list[str]:
         """A list of texts of one line each."""
@@ -111,42 +121,35 @@ class Record:
         self.check(all(texts), name, "has an entry that is no text; write non-empty strings")
         return texts
 
-    def number(self, name: str) -> float | None:
-        value = self.fields.get(name)
-        if value is None:
-            return None
-        finite = type(value) in (int, float) and abs(value) < 1e9
-        self.check(finite, name, "not a finite number; write seconds")
-        return float(value)
-
-    def options(self, name: str, words: list[str] | None = None) -> list[str]:
+    def options(self, name: str) -> list[str]:
         """The options' words. Letters before them are dropped if all options have theirs."""
-        words = words or self.texts(name)
-        count = len(words)
+        texts = self.texts(name)
+        count = len(texts)
         self.check(2 <= count <= 26, name, f"{count} options; a choice needs 2 to 26")
-        matches = [LETTERED.fullmatch(text) for text in words]
-        for match, letter in zip(matches, LETTERS):
+        words = []
+        for letter, text in zip(LETTERS, texts):
+            match = LETTERED.fullmatch(text)
             if match is None or letter not in match.group(1, 2):
-                return words
-        return [match[3] for match in matches]
+                return texts
+            words.append(match[3])
+        return words
 
-    def label(self, name: str) -> str:
+    def answer(self, name: str) -> str:
         """The text, or what stands in its <answer> element."""
         text = self.text(name)
         if "<answer>" in text:
             text = element_text(text, "answer") or ""
         return text
 
-    def answer(self, name: str, options: list[str], counted: bool = False) -> str:
-        """The letter of the option that is named by letter, words or, if counted, index from 0."""
+    def letter(self, name: str, options: list[str], counted: bool = False) -> str:
+        """Of the option that is named by letter, words or, if counted, index from 0."""
         value = str(self.fields.get(name))
         if counted and re.fullmatch("[0-9]{1,2}", value):
             index = int(value)
-            self.check(index < len(options), name, f"over the {len(options)} options; count from 0")
-            return LETTERS[index]
-        index = match_choice(self.label(name), options)
-        if index is None:
-            raise self.error(name, f"{value[:60]!r} names none of the options; write a letter")
+        else:
+            index = match_choice(self.answer(name), options)
+        self.check(index is not None and index < len(options), name,
+                   f"{value[:60]!r} names none of the {len(options)} options; write a letter")
         return LETTERS[index]
 
 
@@ -157,28 +160,27 @@ def read_video_r1(record: Record) -> Sample | None:
     """Video-R1, Perception Test as released in the same form, and the built-in task."""
     kind, options = "choice", []
     problem_type = record.text("problem_type")
+    if problem_type in ("OCR", "free-form"):
+        return None
     if problem_type == "multiple choice":
         options = record.options("options")
-        answer = record.answer("solution", options)
-    elif problem_type in ("numerical", "regression"):
+        answer = record.letter("solution", options)
+    else:
+        record.check(problem_type in ("numerical", "regression"), "problem_type",
+                     f"{problem_type[:60]!r} is unknown; use multiple choice, numerical, "
+                     "regression, OCR or free-form")
         kind = "number"
-        answer = record.label("solution")
+        answer = record.answer("solution")
         if parse_number(answer) is None or re.search(r"\s\d", answer):  # "1 1/2", "3 x 10^5"
             return None
-    else:
-        unscored = problem_type in ("OCR", "free-form")
-        record.check(unscored, "problem_type", f"{problem_type[:60]!r} is unknown; use multiple "
-                     "choice, numerical, regression, OCR or free-form")
-        return None
     medium = record.text("data_type")
     record.check(medium in ("video", "image"), "data_type", "write video or image")
     crucial = record.fields.get("crucial_frame")
     counted = crucial is None or type(crucial) is int and crucial >= 0
     record.check(counted, "crucial_frame", "write an integer, counted from 0")
     return Sample(record.id, record.text("problem"), options, answer, kind,
-                  duration=record.number("duration"), crucial_frame=crucial,
-                  group=clean(record.fields.get("data_source")) or problem_type,
-                  **{medium: record.text("path")})
+                  duration=record.seconds("duration"), crucial_frame=crucial,
+                  group=record.text("data_source", problem_type), **{medium: record.text("path")})
 
 
 def read_next_gqa(record: Record) -> Sample:
@@ -189,43 +191,41 @@ def read_next_gqa(record: Record) -> Sample:
         spans = []
     ordered = spans and all(start <= end < 1e9 for start, end in spans)
     record.check(ordered, "time_clues", "write [[start, end], ...] in seconds, start first")
-    duration = record.number("duration")
+    duration = record.seconds("duration")
     record.check(duration and duration > 0, "duration", "write the video's seconds, above 0")
     return Sample(record.id, record.text("question"), options,
-                  record.answer("answer", options, counted=True), "grounding",
+                  record.letter("answer", options, counted=True), "grounding",
                   video=record.text("video_path"), duration=duration, spans=spans,
-                  group=clean(record.fields.get("qtype")))
+                  group=record.text("qtype", ""))
 
 
 def read_seed_bench_r1(record: Record) -> Sample:
-    question = record.text("question")
-    if record.fields.get("golden_choice_idx") is not None:
-        words = [record.text(f"choice_{letter}") for letter in "abcd"]
-        options = record.options("choice_a", words)
-        answer = record.answer("golden_choice_idx", options)
+    if record.fields.get("golden_choice_idx") is None:
+        options, answer = shuffled_options(record)
     else:
-        options, answer = shuffled_options(record, question)
+        options = [record.text(f"choice_{letter}") for letter in "abcd"]
+        answer = record.letter("golden_choice_idx", options)
     source = record.text("video_source")
     progress = record.fields.get("task_progress_metadata")
     record.check(isinstance(progress, list), "task_progress_metadata", "no list; write one")
     video = f"videos/{source}/{record.text('video_basename')}" if progress else None
     level = re.search("L[123]", record.path.stem)
-    return Sample(record.id, question, options, answer, "choice", video=video,
+    return Sample(record.id, record.text("question"), options, answer, "choice", video=video,
                   image=f"images/{source}/{record.text('current_observation_basename')}",
-                  duration=record.number("duration") or None, group=level[0] if level else source)
+                  duration=record.seconds("duration") or None, group=level[0] if level else source)
 
 
-def shuffled_options(record: Record, question: str) -> tuple[list[str], str]:
+def shuffled_options(record: Record) -> tuple[list[str], str]:
     """(options, answer) of a SEED-Bench-R1 training record, which lists incorrect answers only.
 
     The shuffle follows from the record's own content, so it is the same in every run and file.
     """
     correct = " ".join(record.text("answer").split())
-    incorrect = list(dict.fromkeys(record.texts("negative_answers")))
-    incorrect = [words for words in incorrect if plain_words(words) != plain_words(correct)]
+    incorrect = [words for words in dict.fromkeys(record.texts("negative_answers"))
+                 if plain_words(words) != plain_words(correct)]
     count = len(incorrect)
     record.check(count >= 3, "negative_answers", f"{count} incorrect answers; write at least 3")
-    rng = np.random.default_rng(zlib.crc32(f"{question}\n{correct}".encode()))
+    rng = np.random.default_rng(zlib.crc32(f"{record.text('question')}\n{correct}".encode()))
     options = [correct] + [incorrect[i] for i in rng.choice(count, 3, replace=False)]
     options = [options[i] for i in rng.permutation(4)]
     return options, LETTERS[options.index(correct)]
@@ -236,15 +236,15 @@ def read_perception_test(record: Record) -> Sample | None:
         return read_video_r1(record)
     options = record.options("options")
     return Sample(record.id, record.text("question"), options,
-                  record.answer("answer_id", options, counted=True), "choice",
-                  video=f"{record.text('video_name')}.mp4", group=clean(record.fields.get("area")))
+                  record.letter("answer_id", options, counted=True), "choice",
+                  video=f"{record.text('video_name')}.mp4", group=record.text("area", ""))
 
 
 def read_next_qa(record: Record) -> Sample:
-    options = record.options("a0", [record.text(f"a{i}") for i in range(5)])
+    options = [record.text(f"a{i}") for i in range(5)]
     return Sample(record.id, record.text("question"), options,
-                  record.answer("answer", options, counted=True), "choice",
-                  video=f"{record.text('video')}.mp4", group=clean(record.fields.get("type")))
+                  record.letter("answer", options, counted=True), "choice",
+                  video=f"{record.text('video')}.mp4", group=record.text("type", ""))
 
 
 # Where MVBench keeps the videos of its 20 tasks. Two tasks may hold different videos of one name.
@@ -269,27 +269,27 @@ def read_mvbench(record: Record) -> Sample:
     if words in options:  # "A" may be an option's words: words come before letters here
         answer = LETTERS[options.index(words)]
     else:
-        answer = record.answer("answer", options)
-    task = clean(record.fields.get("task")) or re.sub("_[0-9]+$", "", record.path.stem)
+        answer = record.letter("answer", options)
+    task = record.text("task", re.sub("_[0-9]+$", "", record.path.stem))
     folders = [folder for folder, tasks in MVBENCH_FOLDERS.items() if task in tasks.split()]
-    bounds = record.number("start"), record.number("end")
+    bounds = record.seconds("start"), record.seconds("end")
     return Sample(record.id, MVBENCH_PROMPT + record.text("question"), options, answer, "choice",
                   video="/".join(["video", *folders, record.text("video")]), group=task,
                   bounds=None if None in bounds else bounds)
 
 
 def read_vsi_bench(record: Record) -> Sample:
-    kind, options = "number", []
     if record.fields.get("options"):
         kind = "choice"
         options = record.options("options")
-        answer = record.answer("ground_truth", options)
+        answer = record.letter("ground_truth", options)
     else:
+        kind, options = "number", []
         answer = record.text("ground_truth")
         record.check(parse_number(answer) is not None, "ground_truth", "write a number")
     return Sample(record.id, f"These are frames of a video.\n{record.text('question')}", options,
                   answer, kind, video=f"{record.text('dataset')}/{record.text('scene_name')}.mp4",
-                  group=clean(record.fields.get("question_type")), overall="tasks")
+                  group=record.text("question_type", ""), overall="tasks")
 
 
 FORMATS = {  # name: (a field that only this format has, its reader)
@@ -303,12 +303,10 @@ FORMATS = {  # name: (a field that only this format has, its reader)
 }
 
 
-def read_sample(record: Record, benchmark: str | None) -> Sample | None:
-    if benchmark is not None:
-        return FORMATS[benchmark][1](record)
+def reader_of(record: Record) -> Callable[[Record], Sample | None]:
     for mark, reader in FORMATS.values():
         if mark in record.fields:
-            return reader(record)
+            return reader
     marks = ", ".join(f"{name} has {mark!r}" for name, (mark, _) in FORMATS.items())
     fields = ", ".join(map(repr, record.fields))
     raise DataError(f"{record.id}: no known format; {marks}; this has {fields[:200]}")
@@ -316,22 +314,20 @@ def read_sample(record: Record, benchmark: str | None) -> Sample | None:
 
 def json_values(text: str) -> Iterator:
     """Yields the values of a JSON list one at a time: a large file is never in memory as dicts."""
-    opening = re.match(r"[ \t\n\r]*\[[ \t\n\r]*", text)
-    if opening is None:
+    decode = json.JSONDecoder().raw_decode
+    separator = re.compile(r"[ \t\n\r]*(.?)[ \t\n\r]*")
+    match = separator.match(text)
+    if match[1] != "[":
         yield from perception_test_records(json.loads(text))
         return
-    decoder = json.JSONDecoder()
-    separator = re.compile(r"[ \t\n\r]*([,\]]?)[ \t\n\r]*")
-    position = opening.end()
-    closed = False
-    while not closed:
-        value, position = decoder.raw_decode(text, position)
+    while match[1] != "]":
+        value, end = decode(text, match.end())
         yield value
-        match = separator.match(text, position)
-        position = match.end()
-        closed = match[1] == "]"
-        if match[1] == "" or closed and position < len(text):
-            raise ValueError(f"no ',' or end of the list at character {position}")
+        match = separator.match(text, end)
+        if match[1] not in (",", "]"):
+            raise ValueError(f"no ',' or ']' at character {end}")
+    if match.end() < len(text):
+        raise ValueError(f"more than one value, at character {match.end()}")
 
 
 def perception_test_records(content) -> Iterator[dict]:
@@ -344,16 +340,13 @@ def perception_test_records(content) -> Iterator[dict]:
 
 
 def file_values(path: Path) -> Iterator:
-    if path.suffix == ".json":
-        yield from json_values(path.read_text(encoding="utf-8-sig"))
-        return
     with open(path, encoding="utf-8-sig", newline="") as file:
-        if path.suffix == ".csv":
+        if path.suffix == ".json":
+            yield from json_values(file.read())
+        elif path.suffix == ".csv":
             yield from csv.DictReader(file)
-            return
-        for line in file:
-            if line.strip():
-                yield json.loads(line)
+        else:
+            yield from (json.loads(line) for line in file if line.strip())
 
 
 def read_records(path: Path, name: str) -> Iterator[Record]:
@@ -363,7 +356,7 @@ def read_records(path: Path, name: str) -> Iterator[Record]:
         for fields in file_values(path):
             if not isinstance(fields, dict):
                 raise ValueError('a record is {"problem": ..., ...}')
-            yield Record(path, f"{name}:{number}", fields)
+            yield Record(path, name, number, fields)
             number += 1
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); give an annotation, .json, "
@@ -374,30 +367,29 @@ def read_records(path: Path, name: str) -> Iterator[Record]:
                         f"({cause}); is the file complete?") from None
 
 
-class FileFinder:
-    """Looks paths up by their text only: data sets may hold symbolic links.
+def names_in(folder: str) -> set[str]:
+    """Of files and folders; broken symbolic links are left out. Empty if it cannot be listed."""
+    try:
+        return {entry.name for entry in os.scandir(folder)
+                if not entry.is_symlink() or os.path.exists(entry.path)}
+    except (OSError, ValueError):  # ValueError: a null character
+        return set()
 
-    Every folder is listed once, because data sets may ask for some 100,000 files of one folder.
-    """
+
+class FileFinder:
+    """Looks paths up by their text only: data sets may hold symbolic links."""
 
     def __init__(self, root: str | None):
         self.root = root
-        self.names_in: dict[str, set[str]] = {}  # by folder
+        self.names_in = cache(names_in)  # data sets may ask for some 100,000 files of one folder
 
     def exists(self, path: str) -> bool:
-        folder, name = os.path.split(path)
-        if folder not in self.names_in:
-            names = set()
-            with suppress(OSError, ValueError):  # ValueError: a null character
-                for entry in os.scandir(folder):
-                    if not entry.is_symlink() or os.path.exists(entry.path):
-                        names.add(entry.name)
-            self.names_in[folder] = names
-        return name in self.names_in[folder]
+        folder, _, name = path.rpartition("/")
+        return name in self.names_in(folder + "/")
 
     @cached_property
     def path_of_name(self) -> dict[str, str | None]:
-        """Walks the whole tree, once, if something is not found without."""
+        """Of the whole tree, walked once, if something is not found without."""
         paths = {}
         for folder, _, names in os.walk(self.root):
             for name in names:  # of two of one name neither: it may be another video
@@ -423,8 +415,8 @@ class FileFinder:
             path = getattr(sample, medium)
             if path is None:
                 continue
-            if self.root is not None and ".." in path.split("/"):
-                raise record.error(medium, f"{path[:200]!r} leaves the video folder; drop the '..'")
+            inside = self.root is None or ".." not in path.split("/")
+            record.check(inside, medium, f"{path[:200]!r} leaves the video folder; drop the '..'")
             found = self.find(path, record.path.parent)
             setattr(sample, medium, found)
             if found is None:
@@ -447,14 +439,15 @@ def load_samples(path, video_root=None, benchmark: str | None = None) -> list[Sa
     if benchmark is not None and benchmark not in FORMATS:
         raise DataError(f"benchmark {benchmark!r} is unknown; use one of {', '.join(FORMATS)}")
     paths = [Path(name.strip()) for name in str(path).split(",") if name.strip()]
-    files_of_name = Counter(path.name for path in paths)
+    names = [path.name for path in paths]
     finder = FileFinder(video_root)
     samples = []
     left_out = Counter()
     for path in paths:
-        name = path.name if files_of_name[path.name] == 1 else str(path)  # ids stay unique
+        name = path.name if names.count(path.name) == 1 else str(path)  # ids stay unique
         for record in read_records(path, name):
-            sample = read_sample(record, benchmark)
+            reader = FORMATS[benchmark][1] if benchmark else reader_of(record)
+            sample = reader(record)
             if sample is None:
                 left_out[record.fields["problem_type"]] += 1
                 continue
