@@ -21,7 +21,7 @@ import threading
 import zlib
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import cache, cached_property
@@ -396,11 +396,11 @@ class FileFinder:
                 paths[name] = None if name in paths else os.path.join(folder, name)
         return paths
 
-    def find(self, path: str, folder: Path) -> str | None:
+    def find(self, path: str, annotation: Path) -> str | None:
         """Below the root as written, then by ever shorter tails, then by name. Without a root: from
-        the folder, as written."""
+        the annotation's folder, as written."""
         if self.root is None:
-            place = os.path.join(folder, path).rstrip("/")
+            place = os.path.join(annotation.parent, path).rstrip("/")
             return place if self.exists(place) else None
         names = [name for name in path.split("/") if name not in ("", ".")]
         for start in range(len(names)):
@@ -417,7 +417,7 @@ class FileFinder:
                 continue
             inside = self.root is None or ".." not in path.split("/")
             record.check(inside, medium, f"{path[:200]!r} leaves the video folder; drop the '..'")
-            found = self.find(path, record.path.parent)
+            found = self.find(path, record.path)
             setattr(sample, medium, found)
             if found is None:
                 sample.missing.append(path)
@@ -649,17 +649,6 @@ class Visual:
     sampled_frames: int
 
 
-@contextmanager
-def video_errors(path: str):
-    try:
-        yield
-    except Exception as error:  # decord, Pillow and torch raise some twenty kinds for damaged files
-        reason = " ".join(str(error).split())
-        reason = re.sub(r"\[[0-9:]+\] \S+ ", "", reason)[:200]  # without decord's source lines
-        kind = type(error).__name__
-        raise VideoError(f"{path!r}: cannot be read ({kind}: {reason})") from None
-
-
 def read_visual(sample: Sample, *, fps: float, max_frames: int, min_pixels: int,
                 max_pixels: int) -> Visual:
     """Decodes a sample's video and picture into patches, with one full-size frame in memory at a
@@ -670,19 +659,25 @@ def read_visual(sample: Sample, *, fps: float, max_frames: int, min_pixels: int,
     if sample.missing:  # never go on without the video that the question is about
         raise VideoError(f"{sample.missing[0]!r}: not found")
     visual = Visual(torch.empty(0, 3 * 2 * PATCH * PATCH), [], [], [], None, 0)
-    if sample.video is not None:
-        with video_errors(sample.video):
-            frames, seconds, visual.duration = sample_frames(
-                sample.video, fps, max_frames, sample.bounds, resize)
+    path = sample.video
+    try:
+        if path is not None:
+            frames, seconds, visual.duration = sample_frames(path, fps, max_frames, sample.bounds,
+                                                             resize)
             visual.patches, grid = patchify(frames)
-        visual.video_grids = [grid]
-        visual.seconds_per_grid = [seconds]
-        visual.sampled_frames = len(frames)
-    if sample.image is not None:
-        with video_errors(sample.image):
-            patches, grid = patchify(resize(read_picture(sample.image))[None])
-        visual.image_grids = [grid]
-        visual.patches = torch.cat([visual.patches, patches])
+            visual.video_grids = [grid]
+            visual.seconds_per_grid = [seconds]
+            visual.sampled_frames = len(frames)
+        path = sample.image
+        if path is not None:
+            patches, grid = patchify(resize(read_picture(path))[None])
+            visual.patches = torch.cat([visual.patches, patches])
+            visual.image_grids = [grid]
+    except Exception as error:  # decord, Pillow and torch raise some twenty kinds for damaged files
+        reason = " ".join(str(error).split())
+        reason = re.sub(r"\[[0-9:]+\] \S+ ", "", reason)[:200]  # without decord's source lines
+        kind = type(error).__name__
+        raise VideoError(f"{path!r}: cannot be read ({kind}: {reason})") from None
     return visual
 
 
@@ -692,6 +687,7 @@ def serve_decoder() -> None:
     """The life of a decoding process: samples in, visuals out, until the parent is gone."""
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to all processes; the parent decides
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends this process
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the codecs' chatter
     torch.set_num_threads(1)
     if sys.platform == "linux":
@@ -704,15 +700,15 @@ def serve_decoder() -> None:
     with suppress(EOFError, ConnectionError):
         connection.send("ready")
         while True:
-            fields, settings, seconds = connection.recv()
-            signal.alarm(seconds)  # ends this process, even a hanging one, if the parent is gone
+            fields, settings, timeout = connection.recv()
+            signal.setitimer(signal.ITIMER_REAL, timeout)  # acts while the decoder hangs, too
             try:
                 visual = read_visual(Sample(**fields), **settings)
                 # As an array: a tensor would travel through shared memory.
                 reply = vars(visual) | {"patches": visual.patches.numpy()}
             except VideoError as error:
                 reply = str(error)
-            signal.alarm(0)
+            signal.setitimer(signal.ITIMER_REAL, 0)
             connection.send(reply)
 
 
@@ -727,32 +723,27 @@ class Decoder:
             self.process = subprocess.Popen(command, stdin=far_end, env=environment)
 
     def wait_until_ready(self) -> None:
-        with suppress(EOFError, OSError):
-            # It imports torch, perhaps from a slow network disk.
-            if self.connection.poll(300) and self.connection.recv() == "ready":
-                return
-        self.end()
-        status = self.process.returncode
-        raise RuntimeError(f"a decoding process did not start (exit status {status})")
+        try:
+            self.connection.recv()
+        except (EOFError, OSError):
+            status = self.end()
+            raise RuntimeError(f"a decoding process did not start (exit status {status})") from None
 
     def read(self, sample: Sample, settings: dict, timeout: float) -> Visual:
-        name = repr(sample.video or sample.image)
         try:
-            self.connection.send((asdict(sample), settings, math.ceil(timeout) + 1))
-            reply = self.connection.recv() if self.connection.poll(timeout) else None
+            self.connection.send((asdict(sample), settings, timeout))
+            reply = self.connection.recv()
         except (EOFError, OSError):
-            self.end()
-            raise VideoError(f"{name}: its decoding process died") from None
-        if reply is None:
-            self.end()
-            raise VideoError(f"{name}: not decoded within {timeout:g} s")
+            late = self.end() == -signal.SIGALRM
+            cause = f"not decoded within {timeout:g} s" if late else "its decoding process died"
+            reply = f"{sample.video or sample.image!r}: {cause}"
         if isinstance(reply, str):
             raise VideoError(reply)
         return Visual(**reply | {"patches": torch.from_numpy(reply["patches"])})
 
-    def end(self) -> None:
+    def end(self) -> int:
         self.process.kill()
-        self.process.wait()
+        return self.process.wait()
 
 
 class VideoReader:
@@ -762,7 +753,8 @@ class VideoReader:
                      max_pixels=50176) as reader:
         visual = reader.submit(sample).result()
 
-    Each thread owns a process, so a video that hangs or crashes its decoder costs that sample only.
+    Each thread talks to one process, so a video that hangs or crashes its decoder costs that sample
+    only.
     """
 
     def __init__(self, processes: int = 2, timeout: float = 60.0, **settings):
@@ -781,13 +773,14 @@ class VideoReader:
 
     def _read(self, sample: Sample) -> Visual:
         """Reads in this thread's process, which is started if there is none or if it died."""
+        thread = threading.get_ident()
         with self._lock:
             if self._closed:
                 raise VideoError("the reader was closed")
-            decoder = self._decoders.get(threading.get_ident())
+            decoder = self._decoders.get(thread)
             starting = decoder is None or decoder.process.poll() is not None
             if starting:
-                decoder = self._decoders[threading.get_ident()] = Decoder()
+                decoder = self._decoders[thread] = Decoder()
         if starting:
             decoder.wait_until_ready()
         return decoder.read(sample, self.settings, self.timeout)
@@ -799,8 +792,6 @@ class VideoReader:
             for decoder in self._decoders.values():
                 decoder.end()  # a thread that waits for it sees the end of the connection
         self._threads.shutdown(wait=True, cancel_futures=True)
-        for decoder in self._decoders.values():
-            decoder.connection.close()
 
     def __enter__(self):
         return self
@@ -859,17 +850,18 @@ def build_prompt(sample: Sample, visual: Visual, tokenizer) -> Prompt:
     0 0 0 0 1 1 1 1. Raises ValueError if the tokenizer's chat template does not place the video and
     the picture.
     """
-    tokens = chat_tokens(sample, visual, tokenizer)
     video = tokenizer.convert_tokens_to_ids("<|video_pad|>")
     image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    grids = {video: list(visual.video_grids), image: list(visual.image_grids)}
-    if any(tokens.count(token) != len(grids[token]) for token in grids):
+    expected = [video] * len(visual.video_grids) + [image] * len(visual.image_grids)
+    tokens = chat_tokens(sample, visual, tokenizer)
+    if [token for token in tokens if token in (video, image)] != expected:
         raise ValueError("the chat template does not place each video and picture once; is it "
                          "Qwen2.5-VL's?")
+    grids = iter(visual.video_grids + visual.image_grids)
     input_ids = []
     frame_of_token = []
     for token in tokens:
-        t, h, w = grids[token].pop(0) if token in grids else (1, MERGE, MERGE)  # a word: 1 token
+        t, h, w = next(grids) if token in expected else (1, MERGE, MERGE)  # a word: 1 token
         tokens_per_frame = h * w // MERGE ** 2
         input_ids += [token] * (t * tokens_per_frame)
         for frame in range(t):
@@ -892,15 +884,14 @@ def read_ahead(reader: VideoReader, batches: Iterable[dict[int, Sample]]
     def submit(batch: dict[int, Sample]) -> dict[int, tuple[Sample, Future]]:
         return {at: (sample, reader.submit(sample)) for at, sample in batch.items()}
 
-    def deliver(coming: dict[int, tuple[Sample, Future]]):
-        for batch in batches:
-            ready, coming = coming, submit(batch)
-            yield ready
-        yield coming
+    def deliver(coming):
+        while coming is not None:
+            following = next(submitted, None)
+            yield coming
+            coming = following
 
-    batches = iter(batches)
-    first = next(batches, None)
-    return iter(()) if first is None else deliver(submit(first))
+    submitted = map(submit, batches)
+    return deliver(next(submitted, None))
 
 
 def build_prompts(batch: dict[int, tuple[Sample, Future]], tokenizer,
@@ -1005,9 +996,8 @@ def format_reward(response: str, sample: Sample) -> float:
     tags = ["think", "answer"]
     if sample.kind == "grounding":
         tags.append("time")
-    for tag in tags:
-        if response.count(f"<{tag}>") != 1 or response.count(f"</{tag}>") != 1:
-            return 0.0
+    if any(element_text(response, tag) is None for tag in tags):
+        return 0.0
     elements = r"\s*".join(f"<{tag}>.*</{tag}>" for tag in tags)
     return float(re.fullmatch(rf"\s*{elements}\s*", response, re.DOTALL) is not None)
 
@@ -1057,13 +1047,15 @@ def temporal_iou(pred_spans, label_spans, duration: float) -> tuple[float, float
     return both / either, both / length
 
 
-def predicted_spans(response: str) -> list[Span]:
-    return parse_spans(element_text(response, "time") or "")
+def grounding_scores(response: str, sample: Sample) -> tuple[float, float]:
+    """(IoU, IoP) of the spans in the only <time> element with the labelled ones."""
+    spans = parse_spans(element_text(response, "time") or "")
+    return temporal_iou(spans, sample.spans, sample.duration)
 
 
 def temporal_iou_reward(response: str, sample: Sample) -> float:
     """IoU of the spans in the only <time> element with the labelled ones; 0.0 without spans."""
-    return temporal_iou(predicted_spans(response), sample.spans, sample.duration)[0]
+    return grounding_scores(response, sample)[0]
 
 
 def score_response(response: str, sample: Sample) -> dict[str, float]:
@@ -1072,7 +1064,7 @@ def score_response(response: str, sample: Sample) -> dict[str, float]:
     accuracy = accuracy_reward(response, sample)
     scores = {"accuracy": accuracy, "format": format_reward(response, sample)}
     if sample.kind == "grounding":
-        iou, iop = temporal_iou(predicted_spans(response), sample.spans, sample.duration)
+        iou, iop = grounding_scores(response, sample)
         scores |= {"iou": iou, "iop": iop, "acc_gqa": float(accuracy == 1 and iop >= 0.5)}
     return scores
 
