@@ -7,12 +7,14 @@ It needs neither the model's weights nor transformers: a tokenizer is handed in.
 make one visual frame, the model's unit of time. Paper and supplement: arXiv 2602.23823.
 """
 import csv
+import gc
 import json
 import logging
 import math
 import multiprocessing
 import os
 import re
+import resource
 import signal
 import struct
 import subprocess
@@ -312,48 +314,35 @@ def reader_of(record: Record) -> Callable[[Record], Sample | None]:
     raise DataError(f"{record.id}: no known format; {marks}; this has {fields[:200]}")
 
 
-def json_values(text: str) -> Iterator:
-    """Yields the values of a JSON list one at a time: a large file is never in memory as dicts."""
-    decode = json.JSONDecoder().raw_decode
-    separator = re.compile(r"[ \t\n\r]*(.?)[ \t\n\r]*")
-    match = separator.match(text)
-    if match[1] != "[":
-        yield from perception_test_records(json.loads(text))
+def json_records(content) -> Iterator:
+    """Of a list, or of Perception Test's {video: {"mc_question": [record, ...]}, ...}."""
+    if isinstance(content, dict):
+        for name, video in content.items():
+            for question in video["mc_question"]:
+                yield {"video_name": name, **question}
         return
-    while match[1] != "]":
-        value, end = decode(text, match.end())
-        yield value
-        match = separator.match(text, end)
-        if match[1] not in (",", "]"):
-            raise ValueError(f"no ',' or ']' at character {end}")
-    if match.end() < len(text):
-        raise ValueError(f"more than one value, at character {match.end()}")
-
-
-def perception_test_records(content) -> Iterator[dict]:
-    """Perception Test's form: {video: {"mc_question": [record, ...]}, ...}."""
-    if not isinstance(content, dict) or not content:
+    if not isinstance(content, list):
         raise ValueError("not a list of records")
-    for name, video in content.items():
-        for question in video["mc_question"]:
-            yield {"video_name": name, **question}
+    content.reverse()
+    while content:
+        yield content.pop()  # a large list is freed while its samples are made
 
 
-def file_values(path: Path) -> Iterator:
+def file_records(path: Path) -> Iterator:
     with open(path, encoding="utf-8-sig", newline="") as file:
         if path.suffix == ".json":
-            yield from json_values(file.read())
+            yield from json_records(json.load(file))
         elif path.suffix == ".csv":
             yield from csv.DictReader(file)
         else:
-            yield from (json.loads(line) for line in file if line.strip())
+            yield from map(json.loads, filter(str.strip, file))
 
 
 def read_records(path: Path, name: str) -> Iterator[Record]:
     """The records of a .json, .jsonl or .csv file. Raises DataError."""
     number = 0
     try:
-        for fields in file_values(path):
+        for fields in file_records(path):
             if not isinstance(fields, dict):
                 raise ValueError('a record is {"problem": ..., ...}')
             yield Record(path, name, number, fields)
@@ -363,8 +352,8 @@ def read_records(path: Path, name: str) -> Iterator[Record]:
                         ".jsonl or .csv") from None
     except (ValueError, KeyError, TypeError, RecursionError, csv.Error) as error:
         cause = " ".join(str(error).split())[:200]
-        raise DataError(f"{path}, record {number}: no list of records in UTF-8 JSON or CSV "
-                        f"({cause}); is the file complete?") from None
+        raise DataError(f"{path}, read up to record {number}: no list of records in UTF-8 JSON or "
+                        f"CSV ({cause}); is the file complete?") from None
 
 
 def names_in(folder: str) -> set[str]:
@@ -443,16 +432,20 @@ def load_samples(path, video_root=None, benchmark: str | None = None) -> list[Sa
     finder = FileFinder(video_root)
     samples = []
     left_out = Counter()
-    for path in paths:
-        name = path.name if names.count(path.name) == 1 else str(path)  # ids stay unique
-        for record in read_records(path, name):
-            reader = FORMATS[benchmark][1] if benchmark else reader_of(record)
-            sample = reader(record)
-            if sample is None:
-                left_out[record.fields["problem_type"]] += 1
-                continue
-            finder.locate(record, sample)
-            samples.append(sample)
+    gc.disable()  # it would go through all the samples again and again, a quarter of the time
+    try:
+        for path in paths:
+            name = path.name if names.count(path.name) == 1 else str(path)  # ids stay unique
+            for record in read_records(path, name):
+                reader = FORMATS[benchmark][1] if benchmark else reader_of(record)
+                sample = reader(record)
+                if sample is None:
+                    left_out[record.fields["problem_type"]] += 1
+                    continue
+                finder.locate(record, sample)
+                samples.append(sample)
+    finally:
+        gc.enable()
     if left_out:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
         message = f"{left_out.total()} records left out, no rule can score them: {kinds}"
@@ -690,12 +683,10 @@ def serve_decoder() -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends this process
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the codecs' chatter
     torch.set_num_threads(1)
-    if sys.platform == "linux":
-        import resource
-        with suppress(ValueError):  # there is a stricter limit
-            hard_limit = resource.getrlimit(resource.RLIMIT_DATA)[1]
-            # 4 GiB: a 16K frame fits, a decompression bomb does not.
-            resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, hard_limit))
+    with suppress(ValueError, OSError):  # there is a stricter limit
+        hard_limit = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        # 4 GiB: a 16K frame fits, a decompression bomb does not.
+        resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, hard_limit))
     connection = Connection(0)
     with suppress(EOFError, ConnectionError):
         connection.send("ready")
@@ -763,7 +754,6 @@ class VideoReader:
         self.settings = settings
         self._threads = ThreadPoolExecutor(processes, thread_name_prefix="decode")
         self._decoders: dict[int, Decoder] = {}  # by thread
-        self._lock = threading.Lock()
         self._closed = False
 
     def submit(self, sample: Sample) -> Future:
@@ -774,24 +764,21 @@ class VideoReader:
     def _read(self, sample: Sample) -> Visual:
         """Reads in this thread's process, which is started if there is none or if it died."""
         thread = threading.get_ident()
-        with self._lock:
-            if self._closed:
-                raise VideoError("the reader was closed")
-            decoder = self._decoders.get(thread)
-            starting = decoder is None or decoder.process.poll() is not None
-            if starting:
-                decoder = self._decoders[thread] = Decoder()
-        if starting:
+        decoder = self._decoders.get(thread)
+        if decoder is None or decoder.process.poll() is not None:
+            decoder = self._decoders[thread] = Decoder()
+            if self._closed:  # close() may have come too early for this process
+                decoder.end()
             decoder.wait_until_ready()
         return decoder.read(sample, self.settings, self.timeout)
 
     def close(self, *_) -> None:
         """Ends the processes at once. Reads under way fail, reads not begun are cancelled."""
-        with self._lock:
-            self._closed = True
-            for decoder in self._decoders.values():
-                decoder.end()  # a thread that waits for it sees the end of the connection
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._closed = True
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for decoder in list(self._decoders.values()):
+            decoder.end()  # a thread that waits for it sees the end of the connection
+        self._threads.shutdown()
 
     def __enter__(self):
         return self
@@ -1020,9 +1007,11 @@ def parse_spans(text: str) -> list[Span]:
     return spans
 
 
-def union_length(spans: list[Span]) -> float:
+def union_length(spans: list[Span], duration: float) -> float:
+    """Of the part that lies between 0 and the duration."""
     length = end_so_far = 0.0
     for start, end in sorted(spans):
+        end = min(end, duration)
         length += max(0.0, end - max(start, end_so_far))
         end_so_far = max(end, end_so_far)
     return length
@@ -1035,16 +1024,13 @@ def temporal_iou(pred_spans, label_spans, duration: float) -> tuple[float, float
     IoU = |P and T| / |P or T|, IoP = |P and T| / |P|; 0 for an empty P. P = 2 to 6, T = 4 to 10
     -> (0.25, 0.5).
     """
-    def clip(spans):
-        return [(max(0.0, start), min(end, duration)) for start, end in spans]
-
-    pred, label = clip(pred_spans), clip(label_spans)
-    length = union_length(pred)
-    if length == 0:
+    pred = union_length(pred_spans, duration)
+    if pred == 0:
         return 0.0, 0.0
-    either = union_length(pred + label)
-    both = max(0.0, length + union_length(label) - either)
-    return both / either, both / length
+    label = union_length(label_spans, duration)
+    either = union_length([*pred_spans, *label_spans], duration)
+    both = max(0.0, pred + label - either)
+    return both / either, both / pred
 
 
 def grounding_scores(response: str, sample: Sample) -> tuple[float, float]:

@@ -1142,9 +1142,9 @@ def test_fields_that_cannot_be_used_are_named_in_one_line(tmp_path, names, value
 
 @pytest.mark.parametrize("content, word", [
     *rows("""[{"problem": -> "JSON"
-        {} -> "list"
+        {} -> "no record"
         null -> "list"
-        [] -> "record 0"
+        [] -> "no record"
         [3] -> "record 0"
         [{"a": 1}] -> "'time_clues'"
         {"v": 1} -> "JSON"
