@@ -185,6 +185,14 @@ def read_video_r1(record: Record) -> Sample | None:
                   group=record.text("data_source", problem_type), **{medium: record.text("path")})
 
 
+def counted_choice(record: Record, options: list[str], answer: str, group: str,
+                   kind: str = "choice", **fields) -> Sample:
+    """answer, group: names of fields. The answer is the option's index from 0."""
+    return Sample(record.id, record.text("question"), options,
+                  record.letter(answer, options, counted=True), kind,
+                  group=record.text(group, ""), **fields)
+
+
 def read_next_gqa(record: Record) -> Sample:
     options = record.options("options")
     try:
@@ -195,10 +203,8 @@ def read_next_gqa(record: Record) -> Sample:
     record.check(ordered, "time_clues", "write [[start, end], ...] in seconds, start first")
     duration = record.seconds("duration")
     record.check(duration and duration > 0, "duration", "write the video's seconds, above 0")
-    return Sample(record.id, record.text("question"), options,
-                  record.letter("answer", options, counted=True), "grounding",
-                  video=record.text("video_path"), duration=duration, spans=spans,
-                  group=record.text("qtype", ""))
+    return counted_choice(record, options, "answer", "qtype", kind="grounding",
+                          video=record.text("video_path"), duration=duration, spans=spans)
 
 
 def read_seed_bench_r1(record: Record) -> Sample:
@@ -236,17 +242,13 @@ def shuffled_options(record: Record) -> tuple[list[str], str]:
 def read_perception_test(record: Record) -> Sample | None:
     if "problem" in record.fields:
         return read_video_r1(record)
-    options = record.options("options")
-    return Sample(record.id, record.text("question"), options,
-                  record.letter("answer_id", options, counted=True), "choice",
-                  video=f"{record.text('video_name')}.mp4", group=record.text("area", ""))
+    return counted_choice(record, record.options("options"), "answer_id", "area",
+                          video=f"{record.text('video_name')}.mp4")
 
 
 def read_next_qa(record: Record) -> Sample:
     options = [record.text(f"a{i}") for i in range(5)]
-    return Sample(record.id, record.text("question"), options,
-                  record.letter("answer", options, counted=True), "choice",
-                  video=f"{record.text('video')}.mp4", group=record.text("type", ""))
+    return counted_choice(record, options, "answer", "type", video=f"{record.text('video')}.mp4")
 
 
 # Where MVBench keeps the videos of its 20 tasks. Two tasks may hold different videos of one name.
