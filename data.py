@@ -1012,7 +1012,7 @@ def parse_spans(text: str) -> list[Span]:
 def union_length(spans: list[Span], duration: float) -> float:
     """Of the part that lies between 0 and the duration."""
     length = end_so_far = 0.0
-    for start, end in sorted(spans):
+    for start, end in sorted(map(tuple, spans)):
         end = min(end, duration)
         length += max(0.0, end - max(start, end_so_far))
         end_so_far = max(end, end_so_far)
