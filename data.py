@@ -716,11 +716,11 @@ class Decoder:
             self.process = subprocess.Popen(command, stdin=far_end, env=environment)
 
     def wait_until_ready(self) -> None:
-        try:
-            self.connection.recv()
-        except (EOFError, OSError):
-            status = self.end()
-            raise RuntimeError(f"a decoding process did not start (exit status {status})") from None
+        with suppress(EOFError, OSError):
+            if self.connection.poll(300):  # it imports torch, perhaps from a slow network disk
+                self.connection.recv()
+                return
+        raise RuntimeError(f"a decoding process did not start (exit status {self.end()})")
 
     def read(self, sample: Sample, settings: dict, timeout: float) -> Visual:
         try:
@@ -893,20 +893,19 @@ def build_prompts(batch: dict[int, tuple[Sample, Future]], tokenizer,
     prompts = {}
     skipped = []
     for position, (sample, visual) in batch.items():
-        reason, unreadable = None, False
+        unreadable = False
         try:
             prompt = build_prompt(sample, visual.result(), tokenizer)
             count = len(prompt.input_ids)
-            if count > max_tokens:
-                reason = f"prompt of {count} tokens, over the limit of {max_tokens}"
+            if count <= max_tokens:
+                prompts[position] = prompt
+                continue
+            reason = f"prompt of {count} tokens, over the limit of {max_tokens}"
         except VideoError as error:
-            reason, unreadable = str(error), True
-        if reason is None:
-            prompts[position] = prompt
-        else:
-            path = sample.video or sample.image
-            skipped.append(dict(position=position, id=sample.id, path=path, reason=reason,
-                                unreadable=unreadable))
+            unreadable = True
+            reason = str(error)
+        skipped.append(dict(position=position, id=sample.id, path=sample.video or sample.image,
+                            reason=reason, unreadable=unreadable))
     return prompts, skipped
 
 

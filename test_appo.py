@@ -1210,21 +1210,22 @@ def test_paths_and_benchmarks_that_do_not_exist(tmp_path):
 
 def test_forms_of_files(tmp_path):
     (tmp_path / "sub").mkdir()
-    lines = [tmp_path / "a.jsonl", tmp_path / "sub/a.jsonl"]
-    for path in lines:
-        second = json.dumps(R1 | {"problem": "b\u2028c"}, ensure_ascii=False)
-        path.write_text(f"{json.dumps(R1)}\n\n{second}\n\n")
-    assert [s.id for s in data.load_samples(lines[0])] == ["a.jsonl:0", "a.jsonl:1"]
-    joined = data.load_samples(f"{lines[0]},{lines[1]}")
-    assert [s.id for s in joined] == [f"{path}:{number}" for path in lines for number in (0, 1)]
-    table, videos = tmp_path / "val.csv", tmp_path / "mc.json"
-    table.write_text("video,question,answer,type,a0,a1,a2,a3,a4\n"
-                     '41,how,3,CH,one,two,"three, or so",four,five\n')
-    sample, = data.load_samples(table)
+    lines, other = tmp_path / "a.jsonl", tmp_path / "sub/a.jsonl"
+    second = json.dumps(R1 | {"problem": "b\u2028c"}, ensure_ascii=False)
+    lines.write_text(f"{json.dumps(R1)}\n\n{second}\n\n")
+    other.write_text(json.dumps(R1))
+    assert [s.id for s in data.load_samples(lines)] == ["a.jsonl:0", "a.jsonl:1"]
+    joined = [s.id for s in data.load_samples(f"{lines},{other}")]
+    assert joined == [f"{lines}:0", f"{lines}:1", f"{other}:0"]
+    (tmp_path / "val.csv").write_text("video,question,answer,type,a0,a1,a2,a3,a4\n"
+                                      '41,how,3,CH,one,two,"three, or so",four,five\n')
+    sample, = data.load_samples(tmp_path / "val.csv")
     assert (sample.options[2], sample.answer, sample.missing) == ("three, or so", "D", ["41.mp4"])
-    record = {name: RECORDS["PERCEPTION"][name] for name in ("question", "options", "answer_id")}
-    videos.write_text(json.dumps({"v1": {"mc_question": [record] * 2}, "v2": {"mc_question": []}}))
-    assert [s.missing for s in data.load_samples(videos)] == [["v1.mp4"]] * 2
+    record = RECORDS["PERCEPTION"].copy()
+    record.pop("video_name")
+    videos = {"v1": {"mc_question": [record, record]}, "v2": {"mc_question": []}}
+    (tmp_path / "mc.json").write_text(json.dumps(videos))
+    assert [s.missing for s in data.load_samples(tmp_path / "mc.json")] == [["v1.mp4"]] * 2
 
 
 def test_paths_are_looked_up_as_written_then_by_tail_then_by_name(tmp_path):
@@ -1360,33 +1361,27 @@ def test_folder_of_pictures(tmp_path):
 def test_sampled_frames_are_those_of_a_decoder_that_reads_on(name, n, duration):
     path = str(SHARED / "videos" / name)
     frames, seconds, covered = data.sample_frames(path, 1, 16)
-    assert (covered, seconds) == pytest.approx((duration, 2 * duration / n))
+    assert (len(frames), covered, seconds) == pytest.approx((n, duration, 2 * duration / n))
     video = data.decord.VideoReader(path, num_threads=1)
-    wanted = [round(i * (len(video) - 1) / (n - 1)) for i in range(n)]
-    assert len(frames) == n
-    for index in range(len(video)):
-        frame = video.next().asnumpy()
-        if index in wanted:
-            assert np.array_equal(frames[wanted.index(index)].permute(1, 2, 0), frame)
+    decoded = [video.next().asnumpy() for _ in range(len(video))]
+    for i, frame in enumerate(frames):
+        expected = decoded[round(i * (len(decoded) - 1) / (n - 1))]
+        assert np.array_equal(frame.permute(1, 2, 0), expected)
 
 
 # ---- patches
 
 def slow_patches(frames):
-    """Loops over Qwen's order, in float64, for frames whose sides are multiples of 28."""
+    """Qwen's order, number by number, for frames whose sides are multiples of 28."""
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     count, _, height, width = frames.shape
-    patches = []
-    for t in range(0, count, 2):
-        for token in range(height * width // 28 ** 2):
-            top, left = 28 * (token // (width // 28)), 28 * (token % (width // 28))
-            for y, x in ((top, left), (top, left + 14), (top + 14, left), (top + 14, left + 14)):
-                patches.append([])
-                for c in range(3):
-                    for f in (t, min(t + 1, count - 1)):
-                        square = frames[f, c, y:y + 14, x:x + 14].double() / 255
-                        patches[-1] += ((square - mean[c]) / std[c]).flatten().tolist()
-    return torch.tensor(patches), ((count + 1) // 2, height // 14, width // 14)
+    steps, values = (count + 1) // 2, []
+    for t, row, column, y, x, c, f, j, i in np.ndindex(steps, height // 28, width // 28, 2, 2, 3, 2,
+                                                       14, 14):
+        frame = frames[min(2 * t + f, count - 1)]
+        pixel = frame[c, 28 * row + 14 * y + j, 28 * column + 14 * x + i]
+        values.append((float(pixel) / 255 - mean[c]) / std[c])
+    return torch.tensor(values).view(-1, 1176), (steps, height // 14, width // 14)
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 28, 28), (2, 3, 28, 56), (3, 3, 56, 84)])
@@ -1400,14 +1395,16 @@ def test_patches_equal_the_slow_oracle_and_have_an_inverse(shape):
     assert torch.equal(inverse[:len(frames)], frames) and torch.equal(inverse[-1], frames[-1])
 
 
-@pytest.mark.parametrize("size, low, high, expected", [
-    ((240, 426), 50176, 50176, (168, 280)), ((20, 20), 3136, 50176, (56, 56)),
-    ((10, 2000), 784, 50176, (28, 420)), ((42, 42), 784, 10 ** 6, (56, 56)),
-    ((100, 100), 12000, 10 ** 6, (112, 112))])
-def test_smart_resize_by_hand(size, low, high, expected):
-    assert data.resized_size(*size, low, high) == expected
+@pytest.mark.parametrize("arguments, expected", rows("""
+    [240, 426, 50176, 50176] -> [168, 280]
+    [20, 20, 3136, 50176] -> [56, 56]
+    [10, 2000, 784, 50176] -> [28, 420]
+    [42, 42, 784, 1000000] -> [56, 56]
+    [100, 100, 12000, 1000000] -> [112, 112]"""))
+def test_smart_resize_by_hand(arguments, expected):
+    assert data.resized_size(*json.loads(arguments)) == tuple(expected)
     with pytest.raises(ValueError, match="200 times"):
-        data.resized_size(2, 402, low, high)
+        data.resized_size(2, 402, 784, 50176)
 
 
 def test_patches_equal_transformers():
@@ -1727,13 +1724,18 @@ def test_temporal_iou_by_hand(pred, expected):
 
 def test_temporal_iou_equals_a_slow_count():
     rng = random.Random(0)
+
+    def random_spans():
+        starts = [rng.randint(-5, 30) for _ in range(rng.randint(0, 4))]
+        return [(start, start + rng.randint(0, 9)) for start in starts]
+
+    def seconds(spans):
+        return {t for t in range(25) for start, end in spans if start <= t < end}
+
     for _ in range(200):
-        starts = [[rng.randint(-5, 30) for _ in range(rng.randint(0, 4))] for _ in range(2)]
-        pred, label = [[(a, a + rng.randint(0, 9)) for a in values] for values in starts]
-        in_pred, in_label = [{second for a, b in spans for second in range(max(a, 0), min(b, 25))}
-                             for spans in (pred, label)]
-        both, either = len(in_pred & in_label), len(in_pred | in_label)
-        expected = (both / either, both / len(in_pred)) if in_pred else (0, 0)
+        pred, label = random_spans(), random_spans()
+        P, T = seconds(pred), seconds(label)
+        expected = (len(P & T) / len(P | T), len(P & T) / len(P)) if P else (0, 0)
         assert data.temporal_iou(pred, label, 25) == pytest.approx(expected)
 
 
