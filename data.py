@@ -14,7 +14,6 @@ import math
 import multiprocessing
 import os
 import re
-import resource
 import signal
 import struct
 import subprocess
@@ -359,7 +358,7 @@ def read_records(path: Path, name: str) -> Iterator[Record]:
 
 
 def names_in(folder: str) -> set[str]:
-    """Of files and folders; broken symbolic links are left out. Empty if it cannot be listed."""
+    """Names of files and folders, without broken symbolic links; none if it cannot be listed."""
     try:
         return {entry.name for entry in os.scandir(folder)
                 if not entry.is_symlink() or os.path.exists(entry.path)}
@@ -685,6 +684,7 @@ def serve_decoder() -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends this process
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the codecs' chatter
     torch.set_num_threads(1)
+    import resource  # not everywhere
     with suppress(ValueError, OSError):  # there is a stricter limit
         hard_limit = resource.getrlimit(resource.RLIMIT_DATA)[1]
         # 4 GiB: a 16K frame fits, a decompression bomb does not.
