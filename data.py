@@ -7,6 +7,7 @@ It needs neither the model's weights nor transformers: a tokenizer is handed in.
 make one visual frame, the model's unit of time. Paper and supplement: arXiv 2602.23823.
 """
 import csv
+import gc
 import json
 import logging
 import math
@@ -21,10 +22,10 @@ import threading
 import zlib
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
-from functools import cached_property
+from functools import cache, cached_property
 from multiprocessing.connection import Connection
 from pathlib import Path
 from string import ascii_uppercase as LETTERS
@@ -87,21 +88,31 @@ def clean(value) -> str:
 class Record:
     """The fields of one annotation record. Each is checked when it is read."""
     path: Path
-    id: str
+    file: str  # its name in messages
+    number: int  # from 0
     fields: dict
 
-    def error(self, name: str, fix: str) -> DataError:
-        file, _, number = self.id.rpartition(":")
-        return DataError(f"{file}, record {number}, field {name!r}: {fix}")
+    @property
+    def id(self) -> str:
+        return f"{self.file}:{self.number}"
 
     def check(self, condition, name: str, fix: str) -> None:
         if not condition:
-            raise self.error(name, fix)
+            raise DataError(f"{self.file}, record {self.number}, field {name!r}: {fix}")
 
-    def text(self, name: str) -> str:
-        text = clean(self.fields.get(name))
-        self.check(text, name, "missing or no text; write a non-empty string of valid Unicode")
+    def text(self, name: str, default: str | None = None) -> str:
+        text = clean(self.fields.get(name)) or default
+        self.check(text is not None, name, "missing or no text; write a non-empty string of valid "
+                   "Unicode")
         return text
+
+    def seconds(self, name: str) -> float | None:
+        value = self.fields.get(name)
+        if value is None:
+            return None
+        finite = type(value) in (int, float) and abs(value) < 1e9
+        self.check(finite, name, "not a finite number; write seconds")
+        return float(value)
 
     def texts(self, name: str) -> list[str]:
         """A list of texts of one line each."""
@@ -111,42 +122,35 @@ class Record:
         self.check(all(texts), name, "has an entry that is no text; write non-empty strings")
         return texts
 
-    def number(self, name: str) -> float | None:
-        value = self.fields.get(name)
-        if value is None:
-            return None
-        finite = type(value) in (int, float) and abs(value) < 1e9
-        self.check(finite, name, "not a finite number; write seconds")
-        return float(value)
-
-    def options(self, name: str, words: list[str] | None = None) -> list[str]:
+    def options(self, name: str) -> list[str]:
         """The options' words. Letters before them are dropped if all options have theirs."""
-        words = words or self.texts(name)
-        count = len(words)
+        texts = self.texts(name)
+        count = len(texts)
         self.check(2 <= count <= 26, name, f"{count} options; a choice needs 2 to 26")
-        matches = [LETTERED.fullmatch(text) for text in words]
-        for match, letter in zip(matches, LETTERS):
+        words = []
+        for letter, text in zip(LETTERS, texts):
+            match = LETTERED.fullmatch(text)
             if match is None or letter not in match.group(1, 2):
-                return words
-        return [match[3] for match in matches]
+                return texts
+            words.append(match[3])
+        return words
 
-    def label(self, name: str) -> str:
+    def answer(self, name: str) -> str:
         """The text, or what stands in its <answer> element."""
         text = self.text(name)
         if "<answer>" in text:
             text = element_text(text, "answer") or ""
         return text
 
-    def answer(self, name: str, options: list[str], counted: bool = False) -> str:
-        """The letter of the option that is named by letter, words or, if counted, index from 0."""
+    def letter(self, name: str, options: list[str], counted: bool = False) -> str:
+        """Of the option that is named by letter, words or, if counted, index from 0."""
         value = str(self.fields.get(name))
         if counted and re.fullmatch("[0-9]{1,2}", value):
             index = int(value)
-            self.check(index < len(options), name, f"over the {len(options)} options; count from 0")
-            return LETTERS[index]
-        index = match_choice(self.label(name), options)
-        if index is None:
-            raise self.error(name, f"{value[:60]!r} names none of the options; write a letter")
+        else:
+            index = match_choice(self.answer(name), options)
+        self.check(index is not None and index < len(options), name,
+                   f"{value[:60]!r} names none of the {len(options)} options; write a letter")
         return LETTERS[index]
 
 
@@ -157,28 +161,35 @@ def read_video_r1(record: Record) -> Sample | None:
     """Video-R1, Perception Test as released in the same form, and the built-in task."""
     kind, options = "choice", []
     problem_type = record.text("problem_type")
+    if problem_type in ("OCR", "free-form"):
+        return None
     if problem_type == "multiple choice":
         options = record.options("options")
-        answer = record.answer("solution", options)
-    elif problem_type in ("numerical", "regression"):
+        answer = record.letter("solution", options)
+    else:
+        record.check(problem_type in ("numerical", "regression"), "problem_type",
+                     f"{problem_type[:60]!r} is unknown; use multiple choice, numerical, "
+                     "regression, OCR or free-form")
         kind = "number"
-        answer = record.label("solution")
+        answer = record.answer("solution")
         if parse_number(answer) is None or re.search(r"\s\d", answer):  # "1 1/2", "3 x 10^5"
             return None
-    else:
-        unscored = problem_type in ("OCR", "free-form")
-        record.check(unscored, "problem_type", f"{problem_type[:60]!r} is unknown; use multiple "
-                     "choice, numerical, regression, OCR or free-form")
-        return None
     medium = record.text("data_type")
     record.check(medium in ("video", "image"), "data_type", "write video or image")
     crucial = record.fields.get("crucial_frame")
     counted = crucial is None or type(crucial) is int and crucial >= 0
     record.check(counted, "crucial_frame", "write an integer, counted from 0")
     return Sample(record.id, record.text("problem"), options, answer, kind,
-                  duration=record.number("duration"), crucial_frame=crucial,
-                  group=clean(record.fields.get("data_source")) or problem_type,
-                  **{medium: record.text("path")})
+                  duration=record.seconds("duration"), crucial_frame=crucial,
+                  group=record.text("data_source", problem_type), **{medium: record.text("path")})
+
+
+def counted_choice(record: Record, options: list[str], answer: str, group: str,
+                   kind: str = "choice", **fields) -> Sample:
+    """answer, group: names of fields. The answer is the option's index from 0."""
+    return Sample(record.id, record.text("question"), options,
+                  record.letter(answer, options, counted=True), kind,
+                  group=record.text(group, ""), **fields)
 
 
 def read_next_gqa(record: Record) -> Sample:
@@ -189,43 +200,39 @@ def read_next_gqa(record: Record) -> Sample:
         spans = []
     ordered = spans and all(start <= end < 1e9 for start, end in spans)
     record.check(ordered, "time_clues", "write [[start, end], ...] in seconds, start first")
-    duration = record.number("duration")
+    duration = record.seconds("duration")
     record.check(duration and duration > 0, "duration", "write the video's seconds, above 0")
-    return Sample(record.id, record.text("question"), options,
-                  record.answer("answer", options, counted=True), "grounding",
-                  video=record.text("video_path"), duration=duration, spans=spans,
-                  group=clean(record.fields.get("qtype")))
+    return counted_choice(record, options, "answer", "qtype", kind="grounding",
+                          video=record.text("video_path"), duration=duration, spans=spans)
 
 
 def read_seed_bench_r1(record: Record) -> Sample:
-    question = record.text("question")
-    if record.fields.get("golden_choice_idx") is not None:
-        words = [record.text(f"choice_{letter}") for letter in "abcd"]
-        options = record.options("choice_a", words)
-        answer = record.answer("golden_choice_idx", options)
+    if record.fields.get("golden_choice_idx") is None:
+        options, answer = shuffled_options(record)
     else:
-        options, answer = shuffled_options(record, question)
+        options = [record.text(f"choice_{letter}") for letter in "abcd"]
+        answer = record.letter("golden_choice_idx", options)
     source = record.text("video_source")
     progress = record.fields.get("task_progress_metadata")
     record.check(isinstance(progress, list), "task_progress_metadata", "no list; write one")
     video = f"videos/{source}/{record.text('video_basename')}" if progress else None
     level = re.search("L[123]", record.path.stem)
-    return Sample(record.id, question, options, answer, "choice", video=video,
+    return Sample(record.id, record.text("question"), options, answer, "choice", video=video,
                   image=f"images/{source}/{record.text('current_observation_basename')}",
-                  duration=record.number("duration") or None, group=level[0] if level else source)
+                  duration=record.seconds("duration") or None, group=level[0] if level else source)
 
 
-def shuffled_options(record: Record, question: str) -> tuple[list[str], str]:
+def shuffled_options(record: Record) -> tuple[list[str], str]:
     """(options, answer) of a SEED-Bench-R1 training record, which lists incorrect answers only.
 
     The shuffle follows from the record's own content, so it is the same in every run and file.
     """
     correct = " ".join(record.text("answer").split())
-    incorrect = list(dict.fromkeys(record.texts("negative_answers")))
-    incorrect = [words for words in incorrect if plain_words(words) != plain_words(correct)]
+    incorrect = [words for words in dict.fromkeys(record.texts("negative_answers"))
+                 if plain_words(words) != plain_words(correct)]
     count = len(incorrect)
     record.check(count >= 3, "negative_answers", f"{count} incorrect answers; write at least 3")
-    rng = np.random.default_rng(zlib.crc32(f"{question}\n{correct}".encode()))
+    rng = np.random.default_rng(zlib.crc32(f"{record.text('question')}\n{correct}".encode()))
     options = [correct] + [incorrect[i] for i in rng.choice(count, 3, replace=False)]
     options = [options[i] for i in rng.permutation(4)]
     return options, LETTERS[options.index(correct)]
@@ -234,17 +241,13 @@ def shuffled_options(record: Record, question: str) -> tuple[list[str], str]:
 def read_perception_test(record: Record) -> Sample | None:
     if "problem" in record.fields:
         return read_video_r1(record)
-    options = record.options("options")
-    return Sample(record.id, record.text("question"), options,
-                  record.answer("answer_id", options, counted=True), "choice",
-                  video=f"{record.text('video_name')}.mp4", group=clean(record.fields.get("area")))
+    return counted_choice(record, record.options("options"), "answer_id", "area",
+                          video=f"{record.text('video_name')}.mp4")
 
 
 def read_next_qa(record: Record) -> Sample:
-    options = record.options("a0", [record.text(f"a{i}") for i in range(5)])
-    return Sample(record.id, record.text("question"), options,
-                  record.answer("answer", options, counted=True), "choice",
-                  video=f"{record.text('video')}.mp4", group=clean(record.fields.get("type")))
+    options = [record.text(f"a{i}") for i in range(5)]
+    return counted_choice(record, options, "answer", "type", video=f"{record.text('video')}.mp4")
 
 
 # Where MVBench keeps the videos of its 20 tasks. Two tasks may hold different videos of one name.
@@ -269,27 +272,27 @@ def read_mvbench(record: Record) -> Sample:
     if words in options:  # "A" may be an option's words: words come before letters here
         answer = LETTERS[options.index(words)]
     else:
-        answer = record.answer("answer", options)
-    task = clean(record.fields.get("task")) or re.sub("_[0-9]+$", "", record.path.stem)
+        answer = record.letter("answer", options)
+    task = record.text("task", re.sub("_[0-9]+$", "", record.path.stem))
     folders = [folder for folder, tasks in MVBENCH_FOLDERS.items() if task in tasks.split()]
-    bounds = record.number("start"), record.number("end")
+    bounds = record.seconds("start"), record.seconds("end")
     return Sample(record.id, MVBENCH_PROMPT + record.text("question"), options, answer, "choice",
                   video="/".join(["video", *folders, record.text("video")]), group=task,
                   bounds=None if None in bounds else bounds)
 
 
 def read_vsi_bench(record: Record) -> Sample:
-    kind, options = "number", []
     if record.fields.get("options"):
         kind = "choice"
         options = record.options("options")
-        answer = record.answer("ground_truth", options)
+        answer = record.letter("ground_truth", options)
     else:
+        kind, options = "number", []
         answer = record.text("ground_truth")
         record.check(parse_number(answer) is not None, "ground_truth", "write a number")
     return Sample(record.id, f"These are frames of a video.\n{record.text('question')}", options,
                   answer, kind, video=f"{record.text('dataset')}/{record.text('scene_name')}.mp4",
-                  group=clean(record.fields.get("question_type")), overall="tasks")
+                  group=record.text("question_type", ""), overall="tasks")
 
 
 FORMATS = {  # name: (a field that only this format has, its reader)
@@ -303,112 +306,91 @@ FORMATS = {  # name: (a field that only this format has, its reader)
 }
 
 
-def read_sample(record: Record, benchmark: str | None) -> Sample | None:
-    if benchmark is not None:
-        return FORMATS[benchmark][1](record)
+def reader_of(record: Record) -> Callable[[Record], Sample | None]:
     for mark, reader in FORMATS.values():
         if mark in record.fields:
-            return reader(record)
+            return reader
     marks = ", ".join(f"{name} has {mark!r}" for name, (mark, _) in FORMATS.items())
     fields = ", ".join(map(repr, record.fields))
     raise DataError(f"{record.id}: no known format; {marks}; this has {fields[:200]}")
 
 
-def json_values(text: str) -> Iterator:
-    """Yields the values of a JSON list one at a time: a large file is never in memory as dicts."""
-    opening = re.match(r"[ \t\n\r]*\[[ \t\n\r]*", text)
-    if opening is None:
-        yield from perception_test_records(json.loads(text))
+def json_records(content) -> Iterator:
+    """Of a list, or of Perception Test's {video: {"mc_question": [record, ...]}, ...}."""
+    if isinstance(content, dict):
+        for name, video in content.items():
+            for question in video["mc_question"]:
+                yield {"video_name": name, **question}
         return
-    decoder = json.JSONDecoder()
-    separator = re.compile(r"[ \t\n\r]*([,\]]?)[ \t\n\r]*")
-    position = opening.end()
-    closed = False
-    while not closed:
-        value, position = decoder.raw_decode(text, position)
-        yield value
-        match = separator.match(text, position)
-        position = match.end()
-        closed = match[1] == "]"
-        if match[1] == "" or closed and position < len(text):
-            raise ValueError(f"no ',' or end of the list at character {position}")
-
-
-def perception_test_records(content) -> Iterator[dict]:
-    """Perception Test's form: {video: {"mc_question": [record, ...]}, ...}."""
-    if not isinstance(content, dict) or not content:
+    if not isinstance(content, list):
         raise ValueError("not a list of records")
-    for name, video in content.items():
-        for question in video["mc_question"]:
-            yield {"video_name": name, **question}
+    content.reverse()
+    while content:
+        yield content.pop()  # a large list is freed while its samples are made
 
 
-def file_values(path: Path) -> Iterator:
-    if path.suffix == ".json":
-        yield from json_values(path.read_text(encoding="utf-8-sig"))
-        return
+def file_records(path: Path) -> Iterator:
     with open(path, encoding="utf-8-sig", newline="") as file:
-        if path.suffix == ".csv":
+        if path.suffix == ".json":
+            yield from json_records(json.load(file))
+        elif path.suffix == ".csv":
             yield from csv.DictReader(file)
-            return
-        for line in file:
-            if line.strip():
-                yield json.loads(line)
+        else:
+            yield from map(json.loads, filter(str.strip, file))
 
 
 def read_records(path: Path, name: str) -> Iterator[Record]:
     """The records of a .json, .jsonl or .csv file. Raises DataError."""
     number = 0
     try:
-        for fields in file_values(path):
+        for fields in file_records(path):
             if not isinstance(fields, dict):
                 raise ValueError('a record is {"problem": ..., ...}')
-            yield Record(path, f"{name}:{number}", fields)
+            yield Record(path, name, number, fields)
             number += 1
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); give an annotation, .json, "
                         ".jsonl or .csv") from None
     except (ValueError, KeyError, TypeError, RecursionError, csv.Error) as error:
         cause = " ".join(str(error).split())[:200]
-        raise DataError(f"{path}, record {number}: no list of records in UTF-8 JSON or CSV "
-                        f"({cause}); is the file complete?") from None
+        raise DataError(f"{path}, read up to record {number}: no list of records in UTF-8 JSON or "
+                        f"CSV ({cause}); is the file complete?") from None
+
+
+def names_in(folder: str) -> set[str]:
+    """Names of files and folders, without broken symbolic links; none if it cannot be listed."""
+    try:
+        return {entry.name for entry in os.scandir(folder)
+                if not entry.is_symlink() or os.path.exists(entry.path)}
+    except (OSError, ValueError):  # ValueError: a null character
+        return set()
 
 
 class FileFinder:
-    """Looks paths up by their text only: data sets may hold symbolic links.
-
-    Every folder is listed once, because data sets may ask for some 100,000 files of one folder.
-    """
+    """Looks paths up by their text only: data sets may hold symbolic links."""
 
     def __init__(self, root: str | None):
         self.root = root
-        self.names_in: dict[str, set[str]] = {}  # by folder
+        self.names_in = cache(names_in)  # data sets may ask for some 100,000 files of one folder
 
     def exists(self, path: str) -> bool:
-        folder, name = os.path.split(path)
-        if folder not in self.names_in:
-            names = set()
-            with suppress(OSError, ValueError):  # ValueError: a null character
-                for entry in os.scandir(folder):
-                    if not entry.is_symlink() or os.path.exists(entry.path):
-                        names.add(entry.name)
-            self.names_in[folder] = names
-        return name in self.names_in[folder]
+        folder, _, name = path.rpartition("/")
+        return name in self.names_in(folder + "/")
 
     @cached_property
     def path_of_name(self) -> dict[str, str | None]:
-        """Walks the whole tree, once, if something is not found without."""
+        """Of the whole tree, walked once, if something is not found without."""
         paths = {}
         for folder, _, names in os.walk(self.root):
             for name in names:  # of two of one name neither: it may be another video
                 paths[name] = None if name in paths else os.path.join(folder, name)
         return paths
 
-    def find(self, path: str, folder: Path) -> str | None:
+    def find(self, path: str, annotation: Path) -> str | None:
         """Below the root as written, then by ever shorter tails, then by name. Without a root: from
-        the folder, as written."""
+        the annotation's folder, as written."""
         if self.root is None:
-            place = os.path.join(folder, path).rstrip("/")
+            place = os.path.join(annotation.parent, path).rstrip("/")
             return place if self.exists(place) else None
         names = [name for name in path.split("/") if name not in ("", ".")]
         for start in range(len(names)):
@@ -423,9 +405,9 @@ class FileFinder:
             path = getattr(sample, medium)
             if path is None:
                 continue
-            if self.root is not None and ".." in path.split("/"):
-                raise record.error(medium, f"{path[:200]!r} leaves the video folder; drop the '..'")
-            found = self.find(path, record.path.parent)
+            inside = self.root is None or ".." not in path.split("/")
+            record.check(inside, medium, f"{path[:200]!r} leaves the video folder; drop the '..'")
+            found = self.find(path, record.path)
             setattr(sample, medium, found)
             if found is None:
                 sample.missing.append(path)
@@ -447,19 +429,24 @@ def load_samples(path, video_root=None, benchmark: str | None = None) -> list[Sa
     if benchmark is not None and benchmark not in FORMATS:
         raise DataError(f"benchmark {benchmark!r} is unknown; use one of {', '.join(FORMATS)}")
     paths = [Path(name.strip()) for name in str(path).split(",") if name.strip()]
-    files_of_name = Counter(path.name for path in paths)
+    names = [path.name for path in paths]
     finder = FileFinder(video_root)
     samples = []
     left_out = Counter()
-    for path in paths:
-        name = path.name if files_of_name[path.name] == 1 else str(path)  # ids stay unique
-        for record in read_records(path, name):
-            sample = read_sample(record, benchmark)
-            if sample is None:
-                left_out[record.fields["problem_type"]] += 1
-                continue
-            finder.locate(record, sample)
-            samples.append(sample)
+    gc.disable()  # it would go through all the samples again and again, a quarter of the time
+    try:
+        for path in paths:
+            name = path.name if names.count(path.name) == 1 else str(path)  # ids stay unique
+            for record in read_records(path, name):
+                reader = FORMATS[benchmark][1] if benchmark else reader_of(record)
+                sample = reader(record)
+                if sample is None:
+                    left_out[record.fields["problem_type"]] += 1
+                    continue
+                finder.locate(record, sample)
+                samples.append(sample)
+    finally:
+        gc.enable()
     if left_out:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
         message = f"{left_out.total()} records left out, no rule can score them: {kinds}"
@@ -656,17 +643,6 @@ class Visual:
     sampled_frames: int
 
 
-@contextmanager
-def video_errors(path: str):
-    try:
-        yield
-    except Exception as error:  # decord, Pillow and torch raise some twenty kinds for damaged files
-        reason = " ".join(str(error).split())
-        reason = re.sub(r"\[[0-9:]+\] \S+ ", "", reason)[:200]  # without decord's source lines
-        kind = type(error).__name__
-        raise VideoError(f"{path!r}: cannot be read ({kind}: {reason})") from None
-
-
 def read_visual(sample: Sample, *, fps: float, max_frames: int, min_pixels: int,
                 max_pixels: int) -> Visual:
     """Decodes a sample's video and picture into patches, with one full-size frame in memory at a
@@ -677,19 +653,25 @@ def read_visual(sample: Sample, *, fps: float, max_frames: int, min_pixels: int,
     if sample.missing:  # never go on without the video that the question is about
         raise VideoError(f"{sample.missing[0]!r}: not found")
     visual = Visual(torch.empty(0, 3 * 2 * PATCH * PATCH), [], [], [], None, 0)
-    if sample.video is not None:
-        with video_errors(sample.video):
-            frames, seconds, visual.duration = sample_frames(
-                sample.video, fps, max_frames, sample.bounds, resize)
+    path = sample.video
+    try:
+        if path is not None:
+            frames, seconds, visual.duration = sample_frames(path, fps, max_frames, sample.bounds,
+                                                             resize)
             visual.patches, grid = patchify(frames)
-        visual.video_grids = [grid]
-        visual.seconds_per_grid = [seconds]
-        visual.sampled_frames = len(frames)
-    if sample.image is not None:
-        with video_errors(sample.image):
-            patches, grid = patchify(resize(read_picture(sample.image))[None])
-        visual.image_grids = [grid]
-        visual.patches = torch.cat([visual.patches, patches])
+            visual.video_grids = [grid]
+            visual.seconds_per_grid = [seconds]
+            visual.sampled_frames = len(frames)
+        path = sample.image
+        if path is not None:
+            patches, grid = patchify(resize(read_picture(path))[None])
+            visual.patches = torch.cat([visual.patches, patches])
+            visual.image_grids = [grid]
+    except Exception as error:  # decord, Pillow and torch raise some twenty kinds for damaged files
+        reason = " ".join(str(error).split())
+        reason = re.sub(r"\[[0-9:]+\] \S+ ", "", reason)[:200]  # without decord's source lines
+        kind = type(error).__name__
+        raise VideoError(f"{path!r}: cannot be read ({kind}: {reason})") from None
     return visual
 
 
@@ -699,27 +681,27 @@ def serve_decoder() -> None:
     """The life of a decoding process: samples in, visuals out, until the parent is gone."""
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to all processes; the parent decides
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends this process
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the codecs' chatter
     torch.set_num_threads(1)
-    if sys.platform == "linux":
-        import resource
-        with suppress(ValueError):  # there is a stricter limit
-            hard_limit = resource.getrlimit(resource.RLIMIT_DATA)[1]
-            # 4 GiB: a 16K frame fits, a decompression bomb does not.
-            resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, hard_limit))
+    import resource  # not everywhere
+    with suppress(ValueError, OSError):  # there is a stricter limit
+        hard_limit = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        # 4 GiB: a 16K frame fits, a decompression bomb does not.
+        resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, hard_limit))
     connection = Connection(0)
     with suppress(EOFError, ConnectionError):
         connection.send("ready")
         while True:
-            fields, settings, seconds = connection.recv()
-            signal.alarm(seconds)  # ends this process, even a hanging one, if the parent is gone
+            fields, settings, timeout = connection.recv()
+            signal.setitimer(signal.ITIMER_REAL, timeout)  # acts while the decoder hangs, too
             try:
                 visual = read_visual(Sample(**fields), **settings)
                 # As an array: a tensor would travel through shared memory.
                 reply = vars(visual) | {"patches": visual.patches.numpy()}
             except VideoError as error:
                 reply = str(error)
-            signal.alarm(0)
+            signal.setitimer(signal.ITIMER_REAL, 0)
             connection.send(reply)
 
 
@@ -735,31 +717,26 @@ class Decoder:
 
     def wait_until_ready(self) -> None:
         with suppress(EOFError, OSError):
-            # It imports torch, perhaps from a slow network disk.
-            if self.connection.poll(300) and self.connection.recv() == "ready":
+            if self.connection.poll(300):  # it imports torch, perhaps from a slow network disk
+                self.connection.recv()
                 return
-        self.end()
-        status = self.process.returncode
-        raise RuntimeError(f"a decoding process did not start (exit status {status})")
+        raise RuntimeError(f"a decoding process did not start (exit status {self.end()})")
 
     def read(self, sample: Sample, settings: dict, timeout: float) -> Visual:
-        name = repr(sample.video or sample.image)
         try:
-            self.connection.send((asdict(sample), settings, math.ceil(timeout) + 1))
-            reply = self.connection.recv() if self.connection.poll(timeout) else None
+            self.connection.send((asdict(sample), settings, timeout))
+            reply = self.connection.recv()
         except (EOFError, OSError):
-            self.end()
-            raise VideoError(f"{name}: its decoding process died") from None
-        if reply is None:
-            self.end()
-            raise VideoError(f"{name}: not decoded within {timeout:g} s")
+            late = self.end() == -signal.SIGALRM
+            cause = f"not decoded within {timeout:g} s" if late else "its decoding process died"
+            reply = f"{sample.video or sample.image!r}: {cause}"
         if isinstance(reply, str):
             raise VideoError(reply)
         return Visual(**reply | {"patches": torch.from_numpy(reply["patches"])})
 
-    def end(self) -> None:
+    def end(self) -> int:
         self.process.kill()
-        self.process.wait()
+        return self.process.wait()
 
 
 class VideoReader:
@@ -769,7 +746,8 @@ class VideoReader:
                      max_pixels=50176) as reader:
         visual = reader.submit(sample).result()
 
-    Each thread owns a process, so a video that hangs or crashes its decoder costs that sample only.
+    Each thread talks to one process, so a video that hangs or crashes its decoder costs that sample
+    only.
     """
 
     def __init__(self, processes: int = 2, timeout: float = 60.0, **settings):
@@ -778,7 +756,6 @@ class VideoReader:
         self.settings = settings
         self._threads = ThreadPoolExecutor(processes, thread_name_prefix="decode")
         self._decoders: dict[int, Decoder] = {}  # by thread
-        self._lock = threading.Lock()
         self._closed = False
 
     def submit(self, sample: Sample) -> Future:
@@ -788,26 +765,22 @@ class VideoReader:
 
     def _read(self, sample: Sample) -> Visual:
         """Reads in this thread's process, which is started if there is none or if it died."""
-        with self._lock:
-            if self._closed:
-                raise VideoError("the reader was closed")
-            decoder = self._decoders.get(threading.get_ident())
-            starting = decoder is None or decoder.process.poll() is not None
-            if starting:
-                decoder = self._decoders[threading.get_ident()] = Decoder()
-        if starting:
+        thread = threading.get_ident()
+        decoder = self._decoders.get(thread)
+        if decoder is None or decoder.process.poll() is not None:
+            decoder = self._decoders[thread] = Decoder()
+            if self._closed:  # close() may have come too early for this process
+                decoder.end()
             decoder.wait_until_ready()
         return decoder.read(sample, self.settings, self.timeout)
 
     def close(self, *_) -> None:
         """Ends the processes at once. Reads under way fail, reads not begun are cancelled."""
-        with self._lock:
-            self._closed = True
-            for decoder in self._decoders.values():
-                decoder.end()  # a thread that waits for it sees the end of the connection
-        self._threads.shutdown(wait=True, cancel_futures=True)
-        for decoder in self._decoders.values():
-            decoder.connection.close()
+        self._closed = True
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for decoder in list(self._decoders.values()):
+            decoder.end()  # a thread that waits for it sees the end of the connection
+        self._threads.shutdown()
 
     def __enter__(self):
         return self
@@ -866,17 +839,18 @@ def build_prompt(sample: Sample, visual: Visual, tokenizer) -> Prompt:
     0 0 0 0 1 1 1 1. Raises ValueError if the tokenizer's chat template does not place the video and
     the picture.
     """
-    tokens = chat_tokens(sample, visual, tokenizer)
     video = tokenizer.convert_tokens_to_ids("<|video_pad|>")
     image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    grids = {video: list(visual.video_grids), image: list(visual.image_grids)}
-    if any(tokens.count(token) != len(grids[token]) for token in grids):
+    expected = [video] * len(visual.video_grids) + [image] * len(visual.image_grids)
+    tokens = chat_tokens(sample, visual, tokenizer)
+    if [token for token in tokens if token in (video, image)] != expected:
         raise ValueError("the chat template does not place each video and picture once; is it "
                          "Qwen2.5-VL's?")
+    grids = iter(visual.video_grids + visual.image_grids)
     input_ids = []
     frame_of_token = []
     for token in tokens:
-        t, h, w = grids[token].pop(0) if token in grids else (1, MERGE, MERGE)  # a word: 1 token
+        t, h, w = next(grids) if token in expected else (1, MERGE, MERGE)  # a word: 1 token
         tokens_per_frame = h * w // MERGE ** 2
         input_ids += [token] * (t * tokens_per_frame)
         for frame in range(t):
@@ -899,15 +873,14 @@ def read_ahead(reader: VideoReader, batches: Iterable[dict[int, Sample]]
     def submit(batch: dict[int, Sample]) -> dict[int, tuple[Sample, Future]]:
         return {at: (sample, reader.submit(sample)) for at, sample in batch.items()}
 
-    def deliver(coming: dict[int, tuple[Sample, Future]]):
-        for batch in batches:
-            ready, coming = coming, submit(batch)
-            yield ready
-        yield coming
+    def deliver(coming):
+        while coming is not None:
+            following = next(submitted, None)
+            yield coming
+            coming = following
 
-    batches = iter(batches)
-    first = next(batches, None)
-    return iter(()) if first is None else deliver(submit(first))
+    submitted = map(submit, batches)
+    return deliver(next(submitted, None))
 
 
 def build_prompts(batch: dict[int, tuple[Sample, Future]], tokenizer,
@@ -920,20 +893,19 @@ def build_prompts(batch: dict[int, tuple[Sample, Future]], tokenizer,
     prompts = {}
     skipped = []
     for position, (sample, visual) in batch.items():
-        reason, unreadable = None, False
+        unreadable = False
         try:
             prompt = build_prompt(sample, visual.result(), tokenizer)
             count = len(prompt.input_ids)
-            if count > max_tokens:
-                reason = f"prompt of {count} tokens, over the limit of {max_tokens}"
+            if count <= max_tokens:
+                prompts[position] = prompt
+                continue
+            reason = f"prompt of {count} tokens, over the limit of {max_tokens}"
         except VideoError as error:
-            reason, unreadable = str(error), True
-        if reason is None:
-            prompts[position] = prompt
-        else:
-            path = sample.video or sample.image
-            skipped.append(dict(position=position, id=sample.id, path=path, reason=reason,
-                                unreadable=unreadable))
+            unreadable = True
+            reason = str(error)
+        skipped.append(dict(position=position, id=sample.id, path=sample.video or sample.image,
+                            reason=reason, unreadable=unreadable))
     return prompts, skipped
 
 
@@ -1012,9 +984,8 @@ def format_reward(response: str, sample: Sample) -> float:
     tags = ["think", "answer"]
     if sample.kind == "grounding":
         tags.append("time")
-    for tag in tags:
-        if response.count(f"<{tag}>") != 1 or response.count(f"</{tag}>") != 1:
-            return 0.0
+    if any(element_text(response, tag) is None for tag in tags):
+        return 0.0
     elements = r"\s*".join(f"<{tag}>.*</{tag}>" for tag in tags)
     return float(re.fullmatch(rf"\s*{elements}\s*", response, re.DOTALL) is not None)
 
@@ -1037,9 +1008,11 @@ def parse_spans(text: str) -> list[Span]:
     return spans
 
 
-def union_length(spans: list[Span]) -> float:
+def union_length(spans: list[Span], duration: float) -> float:
+    """Of the part that lies between 0 and the duration."""
     length = end_so_far = 0.0
-    for start, end in sorted(spans):
+    for start, end in sorted(map(tuple, spans)):
+        end = min(end, duration)
         length += max(0.0, end - max(start, end_so_far))
         end_so_far = max(end, end_so_far)
     return length
@@ -1052,25 +1025,24 @@ def temporal_iou(pred_spans, label_spans, duration: float) -> tuple[float, float
     IoU = |P and T| / |P or T|, IoP = |P and T| / |P|; 0 for an empty P. P = 2 to 6, T = 4 to 10
     -> (0.25, 0.5).
     """
-    def clip(spans):
-        return [(max(0.0, start), min(end, duration)) for start, end in spans]
-
-    pred, label = clip(pred_spans), clip(label_spans)
-    length = union_length(pred)
-    if length == 0:
+    pred = union_length(pred_spans, duration)
+    if pred == 0:
         return 0.0, 0.0
-    either = union_length(pred + label)
-    both = max(0.0, length + union_length(label) - either)
-    return both / either, both / length
+    label = union_length(label_spans, duration)
+    either = union_length([*pred_spans, *label_spans], duration)
+    both = max(0.0, pred + label - either)
+    return both / either, both / pred
 
 
-def predicted_spans(response: str) -> list[Span]:
-    return parse_spans(element_text(response, "time") or "")
+def grounding_scores(response: str, sample: Sample) -> tuple[float, float]:
+    """(IoU, IoP) of the spans in the only <time> element with the labelled ones."""
+    spans = parse_spans(element_text(response, "time") or "")
+    return temporal_iou(spans, sample.spans, sample.duration)
 
 
 def temporal_iou_reward(response: str, sample: Sample) -> float:
     """IoU of the spans in the only <time> element with the labelled ones; 0.0 without spans."""
-    return temporal_iou(predicted_spans(response), sample.spans, sample.duration)[0]
+    return grounding_scores(response, sample)[0]
 
 
 def score_response(response: str, sample: Sample) -> dict[str, float]:
@@ -1079,7 +1051,7 @@ def score_response(response: str, sample: Sample) -> dict[str, float]:
     accuracy = accuracy_reward(response, sample)
     scores = {"accuracy": accuracy, "format": format_reward(response, sample)}
     if sample.kind == "grounding":
-        iou, iop = temporal_iou(predicted_spans(response), sample.spans, sample.duration)
+        iou, iop = grounding_scores(response, sample)
         scores |= {"iou": iou, "iop": iop, "acc_gqa": float(accuracy == 1 and iop >= 0.5)}
     return scores
 
