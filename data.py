@@ -433,6 +433,7 @@ def load_samples(path, video_root=None, benchmark: str | None = None) -> list[Sa
     finder = FileFinder(video_root)
     samples = []
     left_out = Counter()
+    collecting = gc.isenabled()
     gc.disable()  # it would go through all the samples again and again, a quarter of the time
     try:
         for path in paths:
@@ -446,7 +447,8 @@ def load_samples(path, video_root=None, benchmark: str | None = None) -> list[Sa
                 finder.locate(record, sample)
                 samples.append(sample)
     finally:
-        gc.enable()
+        if collecting:
+            gc.enable()
     if left_out:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
         message = f"{left_out.total()} records left out, no rule can score them: {kinds}"
@@ -723,11 +725,14 @@ class Decoder:
         raise RuntimeError(f"a decoding process did not start (exit status {self.end()})")
 
     def read(self, sample: Sample, settings: dict, timeout: float) -> Visual:
-        try:
+        reply, late = None, False
+        with suppress(EOFError, OSError):
             self.connection.send((asdict(sample), settings, timeout))
-            reply = self.connection.recv()
-        except (EOFError, OSError):
-            late = self.end() == -signal.SIGALRM
+            late = not self.connection.poll(timeout + 1)  # it ends itself before, unless stopped
+            if not late:
+                reply = self.connection.recv()
+        if reply is None:
+            late = self.end() == -signal.SIGALRM or late
             cause = f"not decoded within {timeout:g} s" if late else "its decoding process died"
             reply = f"{sample.video or sample.image!r}: {cause}"
         if isinstance(reply, str):
