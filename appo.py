@@ -9,11 +9,12 @@ sampling and overlong penalty are options, off by default: the paper's runs do n
 One training step:
   1. read     the prompts of the batch (other processes decode the videos ahead of time)
   2. sample   G responses to each prompt, and read how much every token attends to every frame
-  3. score    the responses: rewards (0.9 * accuracy + 0.1 * format, if the task is a choice), and
-              advantages relative to the group
+  3. score    the responses: rewards (0.9 * accuracy + 0.1 * format for multiple choice; for other
+              tasks see `data.task_reward`), and advantages relative to the group
   4. frames   find the crucial frames: those that the correct responses attend to most
-  5. weights  1 + alpha * D for the tokens, of all responses, that attend most to crucial frames; D
-              is how much the responses differ there in their next-token distributions
+  5. weights  in every response, correct or not, the tokens that attend most to a crucial frame
+              weigh 1 + alpha * D; D is how much the responses' next-token distributions differ at
+              these tokens
   6. update   clipped policy gradient, with weight * advantage in place of the advantage
 
 First come steps 3 to 6 as functions of tensors, then the settings (skip them at first), then
@@ -93,7 +94,7 @@ def focused_frames(frame_attention: Tensor, response_mask: Tensor, *, k1: int = 
     focused = torch.zeros(G, F, dtype=torch.bool, device=frame_attention.device)
     for i in range(G):
         attention = frame_attention[i, response_mask[i]]                        # (tokens, F)
-        if len(attention) > 0:      # our responses hold at least an end token, others' may not
+        if len(attention) > 0:      # never empty here; for other callers of this function
             highest = attention.topk(min(k1, len(attention)), dim=0).values     # (K1, F)
             focused[i, highest.mean(0).topk(min(k2, F)).indices] = True
     return focused
@@ -160,10 +161,10 @@ def perception_token_weights(frame_attention: Tensor, logits: Tensor, response_m
     # Frames often share the same picks, and all do where no response is longer than K3. Each
     # distinct set is compared only once.
     distinct, set_of_frame = picked.unique(dim=0, return_inverse=True)          # -> (sets, G, R)
-    divergence = torch.stack([divergence_of_picks(logits, picks) for picks in distinct])
-    divergence = divergence[set_of_frame]                                       # (C, G, R)
+    scaled = torch.stack([scaled_divergence(logits, picks) for picks in distinct])
+    scaled = scaled[set_of_frame]               # (C, G, R), 0 where a frame did not pick
     times_picked = picked.sum(0)                                                # (G, R)
-    return 1 + alpha * divergence.sum(0) / times_picked.clamp(min=1)
+    return 1 + alpha * scaled.sum(0) / times_picked.clamp(min=1)
 
 
 def most_attentive_tokens(attention: Tensor, response_mask: Tensor, k: int) -> Tensor:
@@ -174,36 +175,38 @@ def most_attentive_tokens(attention: Tensor, response_mask: Tensor, k: int) -> T
     return picked & response_mask       # a response may have fewer than k tokens
 
 
-def divergence_of_picks(logits: Tensor, picked: Tensor) -> Tensor:
+def scaled_divergence(logits: Tensor, picked: Tensor) -> Tensor:
     """The scaled divergence of each token that was picked for a frame; 0 for the others.
 
     logits (G, R, V), picked bool (G, R) -> (G, R)
     """
     result = torch.zeros(picked.shape, device=picked.device)
-    tokens = [row.nonzero().flatten() for row in picked]        # of each response, in reading order
-    jth_picks = pad_sequence(tokens, padding_value=-1)                          # (J, G)
+    places = [row.nonzero().flatten() for row in picked]        # of each response, in reading order
+    jth_picks = pad_sequence(places, padding_value=-1)                          # (J, G)
     divergence = group_divergence(logits, jth_picks)                            # (J,)
     span = divergence.max() - divergence.min()
     if span < 1e-4:                                             # equal up to rounding
         return result
     scaled = (divergence - divergence.min()) / span
-    for i, of_response in enumerate(tokens):
+    for i, of_response in enumerate(places):
         result[i, of_response] = scaled[:len(of_response)]
     return result
 
 
-def group_divergence(logits: Tensor, tokens: Tensor) -> Tensor:
+def group_divergence(logits: Tensor, places: Tensor) -> Tensor:
     """How much the group disagrees: sum_i KL(p_i || mean of all p_i)  (supplement, Eq. 1).
 
-    Responses without a token take no part, so the sum tends to be smaller where few have one.
-    logits (G, R, V); tokens int (J, G), in each row one token per response, -1: none
+    logits (G, R, V); places int (J, G): in each row, one place in R per response, -1: none
     -> (J,), each between 0 and G ln G
+
+    A response without a place is left out of the row, so the sum tends to be smaller where few have
+    one. With only one response it is 0: the last picks of the longest response get D = 0.
     """
-    responses = torch.arange(tokens.shape[1], device=tokens.device)             # (G,)
+    responses = torch.arange(places.shape[1], device=places.device)             # (G,)
     results = []
-    for part in tokens.split(16):               # bounds the memory: (16, G, V)
+    for part in places.split(16):               # bounds the memory: (16, G, V)
         present = (part >= 0)[:, :, None]                                       # (16, G, 1)
-        # Of response g the logits at its token; where it has none, any, for they are masked next.
+        # A missing place reads the logits at place 0, which the next line masks.
         log_p = logits[responses, part.clamp(min=0)].float().log_softmax(-1)    # (16, G, V)
         log_p = log_p.where(present, -torch.inf)
         p = log_p.exp()
@@ -382,9 +385,9 @@ class Group:
     position: int                           # in the endless shuffled stream of prompts
     prompt: data.Prompt | None              # None only in a dummy, a filler without effect for a
                                             # process that has fewer groups than another
-    rollout: Rollout                        # response_ids, response_mask, log_probs, entropy,
-                                            # frame_attention; .encoded is the prompt with
-                                            # its embedded video
+    rollout: Rollout                        # response_ids, response_mask, frame_attention,
+                                            # log_probs and entropy (0 in the padding); encoded is
+                                            # the prompt with its embedded video
     loss_scale: float = 1.0                 # 0 in a dummy
     # step 3
     texts: list[str] = field(default_factory=list)
@@ -395,15 +398,14 @@ class Group:
     # step 4
     crucial: Tensor | None = None           # bool (F,)
     # step 5
-    token_weights: Tensor | None = None     # (G, R); None in a dummy, and in a group that `update`
-                                            # skips because it has no gradient
+    token_weights: Tensor | None = None     # (G, R); None in groups that are not computed, since
+                                            # all their advantages are 0 (see plan_passes)
     # step 6, fixed before the first update
     old_log_probs: Tensor | None = None     # (G, R), as are the next two; of the fp32 policy's
                                             # first pass, not the bf16 sampler's
     ref_log_probs: Tensor | None = None     # of the reference, with kl_coef
     masked_log_probs: Tensor | None = None  # of the policy under the masked video, for PAPO
-    updates: list[dict[str, float]] = field(default_factory=list)   # metrics of each update; none
-                                            # in a group that is skipped
+    updates: list[dict[str, float]] = field(default_factory=list)   # metrics of each update
 
 
 def weigh_tokens(group: Group, logits: Tensor | None, s: Settings) -> Tensor:
@@ -488,7 +490,7 @@ def score_group(run: Run, group: Group) -> None:
 
 
 def collect_groups(run: Run, batches: Iterator[Batch]) -> tuple[list[Group], list[dict]]:
-    """Steps 1 to 4: (this process's groups, a record of each sample that no process could use).
+    """Steps 1 to 4: (this process's groups, the records of all processes' unusable samples).
 
     With dynamic sampling, groups whose responses all have the same accuracy are replaced by those
     of further batches. If there are too few of them, the training step has fewer groups.
@@ -515,7 +517,8 @@ def collect_groups(run: Run, batches: Iterator[Batch]) -> tuple[list[Group], lis
         positions = sorted(sum(of_processes, []))           # of the groups of all processes
         if len(positions) >= s.prompts_per_step:
             break
-    chosen = positions[:s.prompts_per_step]                 # the same in all processes
+    # Only dynamic sampling gives a surplus: all processes keep the same, the first of the stream.
+    chosen = positions[:s.prompts_per_step]
     skipped = sum(model_utils.all_gather(skipped), [])
     return [group for group in groups if group.position in chosen], skipped
 
@@ -535,15 +538,16 @@ def group_loss(run: Run, group: Group, log_probs: Tensor) -> tuple[Tensor, dict[
 
 
 def plan_passes(run: Run, groups: list[Group]) -> tuple[list[Group], int, bool]:
-    """(this process's groups to compute, number of groups of all processes, whether all of their
-    tokens were sampled from finite logits).
+    """(this process's groups to compute, number of groups of all processes, whether all sampled
+    log-probabilities are finite).
 
     A group with equal rewards has advantages of 0 and, unless there is a KL or perception term, no
     gradient: it counts in the mean over groups, but is not computed.
 
     A pass through a sharded model is a collective call, so every process must make the same number:
-    one with fewer groups adds dummies, whose gradients are 0. There is at least one pass, so that
-    AdamW takes its momentum step as if the groups with advantages of 0 had been computed.
+    one with fewer groups adds dummies, whose gradients are 0. There is at least one pass: without
+    gradients AdamW would do nothing, and with gradients of 0 it takes its momentum step, as if the
+    groups with advantages of 0 had been computed.
     """
     s = run.settings
     active = [g for g in groups if s.kl_coef or s.masked_video or g.advantages.any()]
@@ -580,7 +584,7 @@ def update(run: Run, groups: list[Group]) -> list[float]:
             # Before the first update on a batch, the policy is the model that sampled it, but in
             # fp32. Its log-probabilities are more exact than those noted while sampling.
             if first:
-                run.lap("update")
+                run.lap("update")       # the time up to here, so that step 5 is timed by itself
                 group.old_log_probs = log_probs.detach()
                 if group.loss_scale:
                     group.token_weights = run.weigh(group, logits, s)           # step 5
@@ -636,6 +640,7 @@ def train(s: Settings, reward: Callable = data.task_reward,
         model, tokenizer = model_utils.load_model(s.model, device)
         run = set_up(s, model, tokenizer, reward, weigh)
         run.position = folder.position
+        # All processes call the folder's methods, and the first one writes.
         folder.start_or_resume(run.model, run.policy, run.optimizer)
         if folder.step == 0:
             folder.log("held_out", *score_held_out(run, held_out, reader, 0))
@@ -652,6 +657,7 @@ def train(s: Settings, reward: Callable = data.task_reward,
             folder.log("samples", *describe(groups, run.tokenizer, step))
             bar.set_postfix(accuracy=metrics.get("accuracy"), reward=metrics.get("reward"))
             sample_ids = [group.prompt.sample.id for group in groups]
+            # An error after three steps without a finite gradient, or with 5% unreadable samples.
             folder.stop_if_failing(metrics["grad_norm"], sample_ids, skipped)
             last = step == steps
             if last or s.eval_every and step % s.eval_every == 0:
