@@ -76,7 +76,7 @@ def init_processes() -> tuple[int, int, torch.device]:
                            'CUDA_VISIBLE_DEVICES=""')
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and torch.__version__ < (2, 9):
         raise RunError(f"torch {torch.__version__} sums the gradients of several processes where "
-                       "it should average them; install torch 2.13 or newer")
+                       "it should average them; install a newer one")
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
         dist.init_process_group(backend, **alone)
@@ -110,7 +110,7 @@ def load_model(name: str, device: torch.device):
         if config.model_type != "qwen2_5_vl":
             raise RunError(f"{name}: it is of type {config.model_type}; give a Qwen2.5-VL model")
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        source_files(name, local_files_only=False)  # a checkpoint copies them
+        source_files(name, local_files_only=False)  # fetched now, since checkpoints copy them
         model, report = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
             name, dtype=compute_type(device), output_loading_info=True)
     except (OSError, ValueError, SafetensorError) as error:
@@ -121,7 +121,7 @@ def load_model(name: str, device: torch.device):
     if missing:
         raise RunError(f"{name}: the weights lack {len(missing)} tensors, the first {missing[0]}; "
                        "get the complete checkpoint")
-    if getattr(config, "appo_built_in", False):
+    if getattr(config, "appo_built_in", False):     # a `tiny_model`
         torch.set_num_threads(1)    # operations this small mostly wait for other threads
     return prepare_model(model.to(device).eval().requires_grad_(False)), tokenizer
 
@@ -299,7 +299,7 @@ def hidden_states(language_model, embeds: Tensor, positions: Tensor, attend: Cal
     key (B, L, kv_heads, D), value, scaling) -> (B, L, heads, D)
     -> (B, L, H)
     """
-    no_mask = {"full_attention": None}      # transformers need not build one
+    no_mask = {"full_attention": None}      # transformers builds none, since `attend` masks
     output = language_model(inputs_embeds=embeds, position_ids=positions, use_cache=False,
                             attention_mask=no_mask, attend=attend)
     return output.last_hidden_state
@@ -360,8 +360,8 @@ class PackedGroup:
         self.prompt, self.prompt_length, self.read_layers = prompt, P, read_layers
         self.response_mask = response_mask                                      # (G, R)
         self.row, self.column = response_mask.nonzero(as_tuple=True)            # (T,) each
-        # The place of the token before each response token, which predicts it: in the sequence, and
-        # for the first token of a response at the end of the prompt.
+        # Where the query stands that predicts each response token: directly before the token, which
+        # for the first one of a response is the end of the prompt.
         places = P - 1 + torch.arange(len(self.row), device=self.row.device)
         self.before = places.where(self.column > 0, P - 1)                      # (T,)
         self.frame_attention: list[Tensor] = []     # (G, R, F) of each layer that is read
@@ -379,7 +379,7 @@ class PackedGroup:
         return torch.cat([prompts, self.unpack(sequence[P:])], dim=1)
 
     def attend(self, layer, query, key, value, scaling) -> Tensor:
-        """Of B = 1 sequence of L = P + T tokens: see `hidden_states`."""
+        """`attend` of `hidden_states`, for one sequence (B = 1) of L = P + T tokens."""
         P = self.prompt_length
         prompt_output = causal_attention(query[:, :P], key[:, :P], value[:, :P], scaling)
         keys, values = self.after_prompt(key[0]), self.after_prompt(value[0])
@@ -397,6 +397,7 @@ class PackedGroup:
         query = self.unpack(query[self.before]).transpose(1, 2)                 # (G, heads, R, D)
         query = query.unflatten(1, (keys.shape[1], -1))                         # (G, kv, s, R, D)
         scores = attention_scores(query.flatten(2, 3), keys).unflatten(2, query.shape[2:4])
+        # The query that predicts response token r stands at P + r - 1.
         ahead = torch.ones_like(scores[0, 0, 0], dtype=torch.bool).triu(self.prompt_length)
         weights = (scores * scaling).masked_fill(ahead, -torch.inf).softmax(-1)
         to_prompt = weights[..., :self.prompt_length].mean((1, 2))              # (G, R, P)
@@ -422,13 +423,15 @@ class DecodingCache:
         attention, num_layers = language_model.layers[0].self_attn, len(language_model.layers)
         kv_heads, head_dim = language_model.config.num_key_value_heads, attention.head_dim
         device = prompts[0].input_ids.device
-        # The last prompt token is left to the first decoding position, which has its logits.
+        # The last prompt token is the first one to be decoded, as its logits are needed. P is here
+        # the length without it, padded, as GPUs like rows of whole 16 bytes.
         lengths = [len(prompt.input_ids) - 1 for prompt in prompts]
-        P = math.ceil(max(lengths) / 8) * 8     # GPUs like rows of whole 16 bytes
+        P = math.ceil(max(lengths) / 8) * 8
         N, num_frames = len(prompts), max(prompt.num_frames for prompt in prompts)
         self.read_layers = range(max(num_layers - attention_layers, 0), num_layers)
         self.t = torch.zeros(1, dtype=torch.long, device=device)    # the decoding position
-        self.keys_read = max_new_tokens     # the response keys that attention reads: at least t + 1
+        # The response keys that attention reads, at least t + 1: `rollout` lets them grow.
+        self.keys_read = max_new_tokens
         zeros = partial(torch.zeros, dtype=language_model.dtype, device=device)
         self.prompt = zeros(num_layers, 2, N, kv_heads, P, head_dim)
         self.response = zeros(num_layers, 2, N, kv_heads, group_size, max_new_tokens, head_dim)
@@ -461,7 +464,7 @@ class DecodingCache:
         P = prompt_keys.shape[2]
         self.unseen.index_fill_(-1, P + self.t, False)
         prompt_scores = attention_scores(query.flatten(2, 3), prompt_keys).unflatten(2, (G, -1))
-        scores = torch.cat([prompt_scores, attention_scores(query, keys)], dim=-1)
+        scores = torch.cat([prompt_scores, attention_scores(query, keys)], dim=-1)  # (.., s, P + R)
         unseen = self.unseen[..., :P + self.keys_read]
         weights = (scores.masked_fill(unseen, -torch.inf) * scaling).softmax(-1)
         to_prompt, to_response = weights[..., :P], weights[..., P:]
@@ -489,7 +492,8 @@ class Rollout:
 
 
 # By how many tokens the response keys that decoding reads grow at a time, and how many tokens share
-# a CUDA graph. A multiple of 8, since a GPU is asked every 8 tokens whether all rows have ended.
+# a CUDA graph. A multiple of 8: every 8 tokens the host waits for the GPU, to ask whether all rows
+# have ended, so a graph has finished when it is freed.
 # Only one graph lives at a time: to free one while another shares its cuBLAS workspace is an error
 # (pytorch issue 193402).
 BLOCK = 128
@@ -548,11 +552,11 @@ def rollout(model, prompts: list[EncodedPrompt], uniforms: Tensor, *, temperatur
     on_gpu = device.type == "cuda"
     for count in range(1, max_new_tokens + 1):
         if count % BLOCK == 1:
-            run = next_token
+            run = next_token        # the first token of a block runs eagerly
             cache.keys_read = min(count - 1 + BLOCK, max_new_tokens)
         elif count % BLOCK == 2 and cuda_graph and on_gpu:
-            # The token before it ran eagerly with as many keys, which was the warm-up. Recording
-            # computes nothing; the replays compute this token and the rest of the block.
+            # That was the warm-up, with as many keys. Recording computes nothing; the replays
+            # compute this token and the rest of the block.
             run = recorded(next_token)
         run()
         # Asking a GPU makes the host wait for it, so it is not asked after every token.
@@ -732,6 +736,9 @@ def read_log(log: Path) -> list[dict]:
     return [json.loads(line) for line in log.read_text().splitlines()]
 
 
+COMPLETE = "step-??????/state.json"     # in a run folder, of each checkpoint to resume from
+
+
 class RunFolder:
     """A run's folder: config.json, logs, checkpoints to resume from, and the final checkpoint.
 
@@ -740,7 +747,7 @@ class RunFolder:
     its settings must be those of the run before, except those that `may_differ`.
     """
 
-    def __init__(self, path: str, settings: dict, may_differ: tuple[str, ...]):
+    def __init__(self, path: str, settings: dict, may_differ: set[str]):
         self.path, self.settings = Path(path), settings
         self.writes = dist.get_rank() == 0
         self.step = 0           # training steps done
@@ -755,13 +762,13 @@ class RunFolder:
             raise RunError(f"--output {self.path} holds the model {settings['model']}, and a new "
                            "run moves it aside; give another --output")
 
-    def find_checkpoint(self, may_differ: tuple[str, ...]) -> None:
+    def find_checkpoint(self, may_differ: set[str]) -> None:
         config = self.path / "config.json"
         if not config.exists():
             raise RunError(f"{self.path}: no run to resume; leave out --resume or fix --output")
         for name, before in json.loads(config.read_text())["settings"].items():
             now = self.settings.get(name)
-            if name not in (*may_differ, "resume") and now != before:
+            if name not in may_differ | {"resume"} and now != before:
                 raise RunError(f"--{name} is {now} and was {before} in {self.path}; resume with "
                                "the same settings")
         states = sorted(self.path.glob(COMPLETE))
@@ -825,9 +832,10 @@ class RunFolder:
         if self.unreadable > 0.05 * max(100, self.position):
             raise RunError(f"{self.unreadable} of {self.position} samples could not be read, over "
                            f"5%; fix the videos listed in {self.path / 'skipped.jsonl'}")
-        self.not_finite.append(sample_ids)
         if math.isfinite(grad_norm):
             self.not_finite.clear()
+        else:
+            self.not_finite.append(sample_ids)
         if len(self.not_finite) == 3:
             raise RunError("the gradient was not finite in 3 steps in a row; look at the samples "
                            f"{self.not_finite}, or lower the learning rate")
@@ -848,7 +856,6 @@ class RunFolder:
         dist.barrier()
 
 
-COMPLETE = "step-??????/state.json"     # in a run folder, of each checkpoint to resume from
 # All that a Hugging Face folder of Qwen2.5-VL may hold beside the weights.
 SOURCE_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -869,7 +876,7 @@ def copy_source_files(source: str, folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
     try:
         files = source_files(source, local_files_only=True)
-    except OSError:     # a folder that is gone is taken for a name that no hub has
+    except OSError:     # transformers takes a folder that is gone for a hub name
         files = []
     for file in files:
         shutil.copyfile(file, folder / file.name)

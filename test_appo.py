@@ -939,7 +939,7 @@ def test_a_run_stops_if_the_gradient_is_never_finite(toy, tmp_path):
     with pytest.raises(model_utils.RunError, match="not finite in 3 steps.*train.json:"):
         appo.train(settings_of(toy, prompts_per_step=2, output=str(tmp_path / "run")),
                    reward=lambda text, sample: (NAN, 1.0, 1.0))
-    folder = model_utils.RunFolder(str(tmp_path), {"resume": False, "model": "m"}, ())
+    folder = model_utils.RunFolder(str(tmp_path), {"resume": False, "model": "m"}, set())
     for grad_norm in NAN, INF, 1.0, NAN, NAN:       # never three in a row
         folder.stop_if_failing(grad_norm, ["a"], [{"unreadable": True}])
     with pytest.raises(model_utils.RunError, match="over 5%"):
