@@ -923,7 +923,7 @@ def score_held_out(run: Run, samples: list[data.Sample], reader: data.VideoReade
     scores = sum(model_utils.all_gather(scores), [])
     if not samples:
         return []
-    record = {"step": step, "samples": len(scores)}
+    record = {"step": step, "samples": len(scores), "skipped": len(samples) - len(scores)}
     for name in ("accuracy", "top1", "topk"):
         values = [score[name] for score in scores if name in score]
         if values:

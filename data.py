@@ -372,6 +372,7 @@ class FileFinder:
     def __init__(self, root: str | None):
         self.root = root
         self.names_in = cache(names_in)  # data sets may ask for some 100,000 files of one folder
+        self.found_by_name: dict[str, str] = {}  # path as annotated -> place
 
     def exists(self, path: str) -> bool:
         folder, _, name = path.rpartition("/")
@@ -397,7 +398,10 @@ class FileFinder:
             place = os.path.join(self.root, *names[start:])
             if self.exists(place):
                 return place
-        return self.path_of_name.get(os.path.basename(path))
+        place = self.path_of_name.get(os.path.basename(path))
+        if place is not None:
+            self.found_by_name[path] = place
+        return place
 
     def locate(self, record: Record, sample: Sample) -> None:
         """Replaces the sample's paths by those of its files; what is not found is missing."""
@@ -452,6 +456,11 @@ def load_samples(path, video_root=None, benchmark: str | None = None) -> list[Sa
     if left_out:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
         message = f"{left_out.total()} records left out, no rule can score them: {kinds}"
+        logging.getLogger("appo").warning(message)
+    if finder.found_by_name:
+        wanted, place = next(iter(finder.found_by_name.items()))
+        message = (f"{len(finder.found_by_name)} files were found by their name only, the first "
+                   f"{place!r} for {wanted!r}; are they the same?")
         logging.getLogger("appo").warning(message)
     if not samples:
         raise DataError(f"{path}: no record that can be scored; give multiple choice or numbers")

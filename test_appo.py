@@ -845,6 +845,7 @@ def test_the_folder_of_a_run(toy, whole):
     assert sum(record["groups"] for record in metrics) == 23
     held_out = log_of(whole, "held_out")
     assert [(record["step"], record["samples"]) for record in held_out] == [(0, 24), (4, 24)]
+    assert held_out[0]["skipped"] == 0
     response = log_of(whole, "samples")[0]["responses"][0]
     assert len(response["tokens"]) == len(response["weights"])
     state = json.loads((output / "step-000004" / "state.json").read_text())
@@ -1170,7 +1171,7 @@ def test_forms_of_files(tmp_path):
     assert [s.missing for s in data.load_samples(tmp_path / "mc.json")] == [["v1.mp4"]] * 2
 
 
-def test_paths_are_looked_up_as_written_then_by_tail_then_by_name(tmp_path):
+def test_paths_are_looked_up_as_written_then_by_tail_then_by_name(tmp_path, caplog):
     root = tmp_path / "root"
     touch(root, "d/set/v.avi", "set/v.avi", "deep/er/only.avi", "1/twin.avi", "2/twin.avi", "v.avi")
     touch(tmp_path, "outside.avi")
@@ -1189,6 +1190,8 @@ def test_paths_are_looked_up_as_written_then_by_tail_then_by_name(tmp_path):
     for sample, (path, place) in zip(samples, places.items(), strict=True):
         assert sample.video == (place and str(root / place))
         assert sample.missing == ([] if place else [path])
+    assert re.search("1 files were found by their name only.*only.avi' for '/gone/only.avi'",
+                     caplog.text)
     paths = [str(tmp_path / "outside.avi"), "root/v.avi", "v.avi", "root/broken.avi"]
     samples = load(tmp_path, *[R1 | {"path": path} for path in paths])
     assert [s.video for s in samples] == [paths[0], str(root / "v.avi"), None, None]
