@@ -1126,7 +1126,7 @@ def align_vision(model, lessons: list, steps: int = 60) -> None:
 
 
 def learn_answers(model, lessons: list, learning_rate: float, first_check: int,
-                  good_enough: Callable, measure: Callable, max_steps: int = 250) -> bool:
+                  good_enough: Callable, measure: Callable, max_steps: int = 200) -> bool:
     """The language model learns to answer until it is good enough; False if it fails."""
     encoded = []
     for start in range(0, len(lessons), 64):
