@@ -267,7 +267,7 @@ PRESETS = {
 }
 # Other defaults for the built-in model, which is tiny: its responses have 33 tokens, F = 8.
 TINY = dict(k1=4, k2=2, k3=6, attention_layers=2, max_new_tokens=36, min_pixels=3136,
-            max_pixels=3136, steps=80, prompts_per_step=4, learning_rate=6e-4, warmup_steps=5,
+            max_pixels=3136, steps=70, prompts_per_step=4, learning_rate=6e-4, warmup_steps=5,
             beta2=0.95, gradient_checkpointing=False)
 
 
@@ -927,11 +927,11 @@ def prepare_built_in(s: Settings) -> None:
     test_prompts = {n: data.toy_prompt(random_numbers(s.seed, HELD_OUT, n), tokenizer, n % 8)[0]
                     for n in range(128)}
     stages = [
-        (data.toy_lessons(tokenizer, 256, s.seed, filler=False), 3e-3, 100,
+        (data.toy_lessons(tokenizer, 256, s.seed, filler=False), 3e-3, 40,
          lambda accuracy, top1: accuracy >= 0.5 and top1 >= 0.3),
-        (data.toy_lessons(tokenizer, 256, s.seed), 2e-3, 50,
+        (data.toy_lessons(tokenizer, 256, s.seed), 2e-3, 20,
          lambda accuracy, top1: accuracy >= 0.85 and top1 >= 0.45),
-        (data.toy_lessons(tokenizer, 128, s.seed, correct=0.4), 3e-4, 10,
+        (data.toy_lessons(tokenizer, 128, s.seed, correct=0.4), 4e-4, 10,
          lambda accuracy, top1: accuracy <= 0.43)]
 
     def new_model(attempt: int):

@@ -1078,7 +1078,7 @@ def warm_up(new_model: Callable, stages: list[tuple], measure: Callable):
     learning needs.
 
     new_model(attempt): a model with other random weights for each attempt.
-    stages: (lessons, learning rate, first step to measure at, good_enough) of each. A lesson has a
+    stages: (lessons, learning rate, steps between measurements, good_enough) of each. A lesson has a
         `prompt` up to the end of its video; token_words (visual tokens, 2), the two words that name
         what a visual token shows, the padding id where it shows nothing; response_ids,
         response_mask and target_mask (questions, R), the rest of the prompts with the responses,
@@ -1125,7 +1125,7 @@ def align_vision(model, lessons: list, steps: int = 60) -> None:
     model.requires_grad_(False)
 
 
-def learn_answers(model, lessons: list, learning_rate: float, first_check: int,
+def learn_answers(model, lessons: list, learning_rate: float, check_every: int,
                   good_enough: Callable, measure: Callable, max_steps: int = 200) -> bool:
     """The language model learns to answer until it is good enough; False if it fails."""
     encoded = []
@@ -1146,7 +1146,7 @@ def learn_answers(model, lessons: list, learning_rate: float, first_check: int,
         nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step >= first_check and step % 10 == 0:
+        if step % check_every == 0:
             refresh(model, policy)
             if good_enough(*measure(model)):
                 return True
