@@ -931,7 +931,7 @@ def prepare_built_in(s: Settings) -> None:
          lambda accuracy, top1: accuracy >= 0.5 and top1 >= 0.3),
         (data.toy_lessons(tokenizer, 256, s.seed), 2e-3, 20,
          lambda accuracy, top1: accuracy >= 0.85 and top1 >= 0.45),
-        (data.toy_lessons(tokenizer, 128, s.seed, correct=0.4), 4e-4, 10,
+        (data.toy_lessons(tokenizer, 128, s.seed, correct=0.4), 4e-4, 5,
          lambda accuracy, top1: accuracy <= 0.43)]
 
     def new_model(attempt: int):

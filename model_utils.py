@@ -1078,11 +1078,11 @@ def warm_up(new_model: Callable, stages: list[tuple], measure: Callable):
     learning needs.
 
     new_model(attempt): a model with other random weights for each attempt.
-    stages: (lessons, learning rate, steps between measurements, good_enough) of each. A lesson has a
-        `prompt` up to the end of its video; token_words (visual tokens, 2), the two words that name
-        what a visual token shows, the padding id where it shows nothing; response_ids,
-        response_mask and target_mask (questions, R), the rest of the prompts with the responses,
-        and which of those tokens to learn.
+    stages: (lessons, learning rate, steps between measurements, good_enough) of each.
+        A lesson has a `prompt` up to the end of its video; token_words (visual tokens, 2), the two
+        words that name what a visual token shows, the padding id where it shows nothing;
+        response_ids, response_mask and target_mask (questions, R), the rest of the prompts with the
+        responses, and which of those tokens to learn.
     measure(model): what good_enough takes.
     Raises RunError if no attempt learns it.
     """
@@ -1126,7 +1126,7 @@ def align_vision(model, lessons: list, steps: int = 60) -> None:
 
 
 def learn_answers(model, lessons: list, learning_rate: float, check_every: int,
-                  good_enough: Callable, measure: Callable, max_steps: int = 200) -> bool:
+                  good_enough: Callable, measure: Callable, max_steps: int = 240) -> bool:
     """The language model learns to answer until it is good enough; False if it fails."""
     encoded = []
     for start in range(0, len(lessons), 64):
