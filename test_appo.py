@@ -2112,6 +2112,78 @@ def test_signal_to_noise_of_a_model_with_two_parameters():
         assert ratio == pytest.approx(expected.item())
 
 
+def test_study_and_curves_commands(toy, tmp_path, capsys):
+    """Arms share model and prompts, runs and dapo:again sample anew, what has finished stays."""
+    few_questions(toy, tmp_path / "test.json", 8)
+    folder = tmp_path / "study"
+    rest = ["--steps", "2", "--prompts_per_step", "2", "--learning_rate", "1e-2", "--model",
+            str(toy / "model"), "--data", str(toy / "train.json"), "--eval_data",
+            str(tmp_path / "test.json")]
+    arms = {"dapo": "dapo", "dapo:again": "dapo-again", "appo:k1=2:oracle": "appo-k1-2-oracle"}
+    common = ["study", "--output", folder, "--processes", 1, "--seeds", 1, *rest, "--arms"]
+    assert "--k9" in refusal(capsys, *common, "appo:k9=2")
+    assert "dapo:oracle" in refusal(capsys, *common, "dapo:oracle")
+    text = measure(capsys, *common, ",".join(arms), "--rollout_seeds", 2)
+    homes = {(arm, number): folder / "seed-0" / f"{name}-{number}"
+             for arm, name in arms.items() for number in range(2)}
+    logs = {run: json_lines(home / "metrics.jsonl") for run, home in homes.items()}
+    held_out = {run: json_lines(home / "held_out.jsonl") for run, home in homes.items()}
+    figures = json.loads((folder / "study.json").read_text())["arms"]
+    first = {run: log[0]["entropy"] for run, log in logs.items()}
+    assert [first["appo:k1=2:oracle", n] for n in range(2)] == [first["dapo", n] for n in range(2)]
+    assert len(set(first.values())) == 4                                   # of dapo and its again
+    assert len({log[0]["accuracy"] for log in held_out.values()}) == 1     # the same start
+    assert len({log[-1]["topk"] for log in held_out.values()}) > 1         # learned differently
+    for arm, number in homes:
+        before, *_, after = held_out[arm, number]
+        accuracy = np.mean([step["accuracy"] for step in logs[arm, number]])
+        expected = {"training": accuracy, "accuracy, before": before["accuracy"],
+                    "accuracy, after": after["accuracy"], "recall, before": before["topk"],
+                    "recall, after": after["topk"]}
+        for name, value in expected.items():
+            assert figures[arm][name][0][number] == pytest.approx(value), (arm, number, name)
+        assert arm in text
+    for name, value in (("W, colour", 2.7), ("W, rest", 1.0)):
+        assert figures["appo:k1=2:oracle"][name] == [[pytest.approx(value)] * 2]
+        assert figures["dapo"][name] == [[1, 1]]
+    assert figures["dapo"]["true frame crucial"] == [[0, 0]]               # it has no frames
+    home = homes["appo:k1=2:oracle", 1]
+    true = [sample.crucial_frame for sample in data.load_samples(toy / "train.json")]
+    found = [true[int(group["id"].rpartition(":")[2])] in group["crucial_frames"]
+             for group in json_lines(home / "samples.jsonl")]
+    assert figures["appo:k1=2:oracle"]["true frame crucial"][0][1] == np.mean(found)
+    settings, _ = evaluate.read_run(home)
+    assert (settings["k1"], settings["alpha"], settings["seed"]) == (2, 1.7, 0)
+    assert "other options" in refusal(capsys, *common, "dapo", "--group_size", 4)
+    shutil.rmtree(homes["dapo", 0] / "checkpoint")                         # as if it was stopped
+    for (arm, number), home in homes.items():
+        before = (home / "metrics.jsonl").stat().st_mtime_ns
+        evaluate.train_arm(arm, 0, number, folder, rest)
+        repeated = (home / "metrics.jsonl").stat().st_mtime_ns != before
+        assert repeated == ((arm, number) == ("dapo", 0))
+    again = json_lines(homes["dapo", 0] / "metrics.jsonl")
+    assert [step["loss"] for step in again] == [step["loss"] for step in logs["dapo", 0]]
+    picture = tmp_path / "new" / "c.png"
+    assert "drawn" in measure(capsys, "curves", *homes.values(), toy, "--output", picture)
+    assert picture.stat().st_size > 10_000 and (folder / "study.png").stat().st_size > 10_000
+    with open(homes["dapo", 0] / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "accu')                                    # killed while writing
+    assert len(evaluate.read_run(homes["dapo", 0])[1]["accuracy"]) == 2
+
+
+def test_signal_to_noise_command(toy, tmp_path, capsys):
+    arms = ["dapo", "appo:alpha=1e-9", "appo", "grpo", "papo_d"]
+    text = measure(capsys, "study", "--output", tmp_path, "--processes", 1, "--seeds", 1, "--snr",
+                   6, "--model", toy / "model", "--data", toy / "train.json", "--group_size", 4,
+                   "--arms", ",".join(arms))
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines()[-len(arms):]}
+    assert set(rows) == set(arms)
+    assert rows["dapo"] == "1.000 (1.000 to 1.000) 1.000 (1.000 to 1.000)".split()
+    assert rows["appo:alpha=1e-9"] == rows["dapo"]      # its weights are 1
+    assert rows["appo"] != rows["dapo"]
+    assert not list(tmp_path.glob("seed-*/*/metrics.jsonl"))               # nothing is trained
+
+
 # ---- the other commands
 
 def test_score_continues_where_it_stopped(toy, tmp_path, capsys):
