@@ -275,9 +275,9 @@ DAPO = dict(alpha=0.0, clip_high=0.28, average="tokens", kl_coef=0.0, gamma=0.0,
 GRPO = DAPO | dict(clip_high=0.2, average="responses", kl_coef=0.01)
 PRESETS = {"appo": DAPO | dict(alpha=1.7), "dapo": DAPO, "grpo": GRPO,
            "papo_g": GRPO | dict(gamma=0.02), "papo_d": DAPO | dict(gamma=0.01, eta=0.03)}
-# Other defaults for the built-in model, which is tiny: its responses have a dozen tokens, F = 8.
-TINY = dict(k1=4, k2=2, k3=6, attention_layers=2, max_new_tokens=18, min_pixels=3136,
-            max_pixels=3136, steps=50, updates_per_batch=2, learning_rate=3e-4, warmup_steps=5,
+# Other defaults for the built-in model, which is tiny: its responses have 33 tokens, F = 8.
+TINY = dict(k1=4, k2=2, k3=6, attention_layers=2, max_new_tokens=36, min_pixels=3136,
+            max_pixels=3136, steps=70, prompts_per_step=4, learning_rate=6e-4, warmup_steps=5,
             beta2=0.95, gradient_checkpointing=False)
 
 
@@ -934,8 +934,10 @@ def score_held_out(run: Run, samples: list[data.Sample], reader: data.VideoReade
 def prepare_built_in(s: Settings) -> None:
     """Create the missing parts of the built-in task: videos with annotations, and the tiny model.
 
-    The model is first trained with supervision on example answers ("lessons"), until it answers
-    half of 128 test prompts and looks at the frames: with random weights every reward would be 0.
+    With random weights every reward would be 0, so the model is first trained with supervision on
+    example answers ("lessons"), in three stages. It learns to look and to answer; to talk before it
+    answers; and, from lessons that are mostly incorrect, to doubt what it sees. So it starts with
+    two answers in five correct, and reinforcement learning has something to teach.
     """
     folder = Path(s.toy_folder)
     if s.data == str(folder / "train.json"):
@@ -945,9 +947,15 @@ def prepare_built_in(s: Settings) -> None:
     torch.set_num_threads(1)    # as in load_model
     texts = data.toy_vocabulary()
     _, tokenizer = model_utils.tiny_model(texts)
-    lessons = data.toy_lessons(tokenizer, 512, s.seed)
     test_prompts = {n: data.toy_prompt(random_numbers(s.seed, HELD_OUT, n), tokenizer, n % 8)[0]
                     for n in range(128)}
+    stages = [
+        (data.toy_lessons(tokenizer, 256, s.seed, filler=False), 3e-3, 40,
+         lambda accuracy, top1: accuracy >= 0.5 and top1 >= 0.3),
+        (data.toy_lessons(tokenizer, 256, s.seed), 2e-3, 20,
+         lambda accuracy, top1: accuracy >= 0.85 and top1 >= 0.45),
+        (data.toy_lessons(tokenizer, 128, s.seed, correct=0.4), 4e-4, 5,
+         lambda accuracy, top1: accuracy <= 0.43)]
 
     def new_model(attempt: int):
         return model_utils.tiny_model(texts, s.seed + 1000 * attempt)[0]
@@ -957,7 +965,7 @@ def prepare_built_in(s: Settings) -> None:
         return tuple(float(np.mean([score[name] for score in scores]))
                      for name in ("accuracy", "top1"))
 
-    model = model_utils.warm_up(new_model, lessons, measure)
+    model = model_utils.warm_up(new_model, stages, measure)
     model_utils.save_checkpoint(folder / "model", model, tokenizer, source=None)
     # Other tools read the picture settings from this file.
     images = {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": TINY["min_pixels"],

@@ -15,7 +15,6 @@ import multiprocessing
 import os
 import re
 import signal
-import struct
 import subprocess
 import sys
 import threading
@@ -1096,8 +1095,16 @@ OUTLINES = {  # x to the right, y down, from -1 to 1 over a quarter of the pictu
 RGB = {"red": (220, 50, 50), "green": (50, 190, 70), "blue": (60, 90, 230),
        "yellow": (230, 210, 60)}
 TOY_SHAPES, TOY_COLOURS = tuple(OUTLINES), tuple(RGB)
-TOY_WORD = r"</?[a-z]+>|\w+|[^\w\s]"  # a word of the built-in task and of its tokenizer
-TOY_LEADS = ("the", "i see a", "there is a", "look at the video : a")
+# What a model says before it comes to the point: at each of 24 places one of four words. No reward
+# depends on them, but each has to be predicted, so they bring noise into the gradient.
+TOY_FILLER = [words.split("/") for words in (
+    "okay/so/well/now i/we/you/one should/must/can/will carefully/slowly/patiently/calmly "
+    "watch/view/study/check this/that/our/your short/brief/little/small video/clip/film/movie "
+    "and/then/also/plus go/look/move/step through/over/across/along every/each/any/another "
+    "frame/picture/image/scene until/because/where/since something/things/details/much "
+    "looks/seems/appears/feels just/quite/rather/very right/clear/good/useful for/to/with/about "
+    "answering/solving/settling/deciding whatever/everything/anything/questions was/got/gets/were "
+    "asked/wanted/requested/required here/today/below/above").split()]
 TOY_PIXELS = 56 * 56
 
 def toy_plan(rng: np.random.Generator) -> tuple[list[str], list[str], list[int]]:
@@ -1131,18 +1138,22 @@ def toy_sample(shape: str, colour: str, frame: int | None = None) -> Sample:
                   LETTERS[TOY_COLOURS.index(colour)], "choice", crucial_frame=frame)
 
 
-def toy_response(shape: str, colour: str, rng: np.random.Generator) -> str:
-    """A correct response in one of four wordings. The shape stands directly before the colour."""
-    lead = TOY_LEADS[rng.integers(4)]
+def toy_response(shape: str, colour: str, rng: np.random.Generator, filler: bool = True,
+                 correct: float = 1.0) -> str:
+    """Filler words, then the shape and directly before the answer its colour. With probability
+    1 - correct it names another colour, and answers accordingly."""
+    if rng.random() >= correct:
+        colour = [other for other in TOY_COLOURS if other != colour][rng.integers(3)]
+    words = [alternatives[rng.integers(4)] for alternatives in TOY_FILLER] if filler else []
+    description = " ".join([*words, shape, colour])
     answer = toy_sample(shape, colour).answer
-    return f"<think> {lead} {shape} {colour} </think> <answer> {answer} </answer>"
+    return f"<think> {description} </think> <answer> {answer} </answer>"
 
 
 def toy_vocabulary() -> list[str]:
-    """Every word (TOY_WORD) of the built-in prompts and responses, each once."""
-    texts = [prompt_text(toy_sample(shape, "red"), None) for shape in TOY_SHAPES]
-    text = " ".join([*texts, *TOY_LEADS, *TOY_COLOURS])
-    return list(dict.fromkeys(re.findall(TOY_WORD, text)))
+    """Texts with every word of the built-in prompts and responses."""
+    prompts = [prompt_text(toy_sample(shape, "red"), None) for shape in TOY_SHAPES]
+    return [*prompts, *TOY_COLOURS, *(" ".join(words) for words in TOY_FILLER)]
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -1152,37 +1163,24 @@ def write_whole(path: Path, content: bytes) -> None:
     os.replace(unfinished, path)
 
 
-def riff_chunk(name: bytes, content: bytes) -> bytes:
-    return name + struct.pack("<I", len(content)) + content + b"\0" * (len(content) % 2)
-
-
-def write_avi(path, frames: Tensor, fps: float) -> None:
-    """Writes uint8 (T, 3, H, W) as uncompressed 24-bit AVI, the one video format that needs no
-    encoder."""
+def write_y4m(path, frames: Tensor, fps: float) -> None:
+    """Writes uint8 RGB (T, 3, H, W) as YUV4MPEG2, a video format that needs no encoder. Reading it
+    back gives the same within 2 grey levels."""
     count, _, height, width = frames.shape
-    rows = frames.permute(0, 2, 3, 1).flip(1, 3)  # bottom row first, BGR
-    rows = rows.reshape(count, height, width * 3)
-    rows = F.pad(rows, (0, -width * 3 % 4)).contiguous().numpy()  # rows of whole 4 bytes
-    size = rows[0].nbytes
     rate = Fraction(fps).limit_denominator(1001)
-    header = struct.pack("<10I16x", round(1e6 / rate), int(size * rate), 0, 0x10, count, 0, 1, size,
-                         width, height)
-    stream = struct.pack("<4s4sIHHIIIIIIII4H", b"vids", b"DIB ", 0, 0, 0, 0, rate.denominator,
-                         rate.numerator, 0, count, size, 0xFFFFFFFF, 0, 0, 0, width, height)
-    pixels = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, size, 0, 0, 0, 0)
-    stream_list = b"strl" + riff_chunk(b"strh", stream) + riff_chunk(b"strf", pixels)
-    header_list = b"hdrl" + riff_chunk(b"avih", header) + riff_chunk(b"LIST", stream_list)
-    movie = b"movi" + b"".join(riff_chunk(b"00db", frame.tobytes()) for frame in rows)
-    places = [4 + i * (8 + size) for i in range(count)]
-    index = b"".join(struct.pack("<4sIII", b"00db", 0x10, place, size) for place in places)
-    content = (b"AVI " + riff_chunk(b"LIST", header_list) + riff_chunk(b"LIST", movie)
-               + riff_chunk(b"idx1", index))
-    write_whole(Path(path), riff_chunk(b"RIFF", content))
+    header = f"YUV4MPEG2 W{width} H{height} F{rate.numerator}:{rate.denominator} Ip A1:1 C444\n"
+    red, green, blue = frames.double().unbind(1)                                # (T, H, W)
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue                           # BT.601
+    planes = [luma * 219 / 255 + 16, (blue - luma) / 1.772 * 224 / 255 + 128,
+              (red - luma) / 1.402 * 224 / 255 + 128]
+    planes = torch.stack(planes, 1).round().to(torch.uint8).numpy()             # (T, 3, H, W)
+    pictures = b"".join(b"FRAME\n" + picture.tobytes() for picture in planes)
+    write_whole(Path(path), header.encode() + pictures)
 
 
-def make_toy_data(folder, videos: tuple[int, int] = (512, 128), questions: int = 4,
+def make_toy_data(folder, videos: tuple[int, int] = (128, 32), questions: int = 4,
                   seed: int = 0) -> None:
-    """Makes folder/train.json, folder/test.json (Video-R1's form) and folder/videos/*.avi, 16 s at
+    """Makes folder/train.json, folder/test.json (Video-R1's form) and folder/videos/*.y4m, 16 s at
     1 frame per second.
 
     videos: how many to train and to test on. questions: about each video. Everything follows from
@@ -1195,9 +1193,9 @@ def make_toy_data(folder, videos: tuple[int, int] = (512, 128), questions: int =
         records = []
         for number in range(count):
             key = [seed, split, number]
-            path = f"videos/{name}_{seed}_{number:05d}.avi"
+            path = f"videos/{name}_{seed}_{number:05d}.y4m"
             if not (folder / path).exists():
-                write_avi(folder / path, toy_video(np.random.default_rng(key))[0], 1)
+                write_y4m(folder / path, toy_video(np.random.default_rng(key))[0], 1)
             shapes, colours, _ = toy_plan(np.random.default_rng(key))
             requested = np.random.default_rng([*key, 1]).permutation(8)[:questions]
             for frame in requested.tolist():
@@ -1235,8 +1233,9 @@ def toy_prompt(rng: np.random.Generator, tokenizer,
     return build_prompt(sample, visual, tokenizer), shapes, colours, cells
 
 
-def toy_lessons(tokenizer, count: int, seed: int) -> list[Lesson]:
-    """Lessons about `count` videos that are in neither train.json nor test.json."""
+def toy_lessons(tokenizer, count: int, seed: int, **wording) -> list[Lesson]:
+    """Lessons about `count` videos that are in neither train.json nor test.json. For the wording
+    see `toy_response`."""
     endings = {}  # of the prompts, after the video: all prompts about a shape are alike there
     for frame in range(8):
         prompt, shapes, _, _ = toy_prompt(np.random.default_rng(0), tokenizer, frame)
@@ -1244,11 +1243,11 @@ def toy_lessons(tokenizer, count: int, seed: int) -> list[Lesson]:
         shared = int(video_tokens.max()) + 2  # through the video and its end mark
         endings[shapes[frame]] = prompt.input_ids[shared:].tolist()
     rngs = [np.random.default_rng([seed, 2, number]) for number in range(count)]
-    return [toy_lesson(tokenizer, rng, endings, shared) for rng in rngs]
+    return [toy_lesson(tokenizer, rng, endings, shared, **wording) for rng in rngs]
 
 
 def toy_lesson(tokenizer, rng: np.random.Generator, endings: dict[str, list[int]],
-               shared: int) -> Lesson:
+               shared: int, **wording) -> Lesson:
     prompt, shapes, colours, cells = toy_prompt(rng, tokenizer)
     prompt = replace(prompt, input_ids=prompt.input_ids[:shared],
                      frame_of_token=prompt.frame_of_token[:shared])
@@ -1258,7 +1257,7 @@ def toy_lesson(tokenizer, rng: np.random.Generator, endings: dict[str, list[int]
     for frame, (shape, colour) in enumerate(zip(shapes, colours)):
         words = tokenizer.convert_tokens_to_ids([shape, colour])
         token_words[frame, cells[frame]] = torch.tensor(words)
-        response = tokenizer(toy_response(shape, colour, rng))["input_ids"]
+        response = tokenizer(toy_response(shape, colour, rng, **wording))["input_ids"]
         response = response + [tokenizer.eos_token_id]
         ending = endings[shape]
         rows.append(torch.tensor(ending + response))

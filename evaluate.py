@@ -560,8 +560,9 @@ def decouple(options) -> None:
 
 # An arm is an algorithm and, after colons, changes: settings of appo.py; "again", other random
 # numbers in the rollouts (the null: what chance does); or a control, another weighting of tokens.
-ARMS = ("dapo,dapo:again,grpo,papo_d,appo,appo:strategy=hard,appo:strategy=all,appo:alpha=0.7,"
-        "appo:shuffled,appo:mean_one,appo:oracle")
+ARMS = ("dapo,dapo:again,grpo,papo_d,appo,appo:strategy=hard,appo:strategy=all,appo:shuffled,"
+        "appo:mean_one,appo:oracle")
+FIGURE_ARMS = ("dapo", "appo", "appo:shuffled", "appo:oracle")
 
 
 def shuffled(group: appo.Group, logits: Tensor, s: appo.Settings) -> Tensor:
@@ -593,35 +594,75 @@ def oracle(group: appo.Group, logits: Tensor, s: appo.Settings) -> Tensor:
     return 1 + s.alpha * torch.isin(ids, colours).float()
 
 
-CONTROLS = {"shuffled": shuffled, "mean_one": mean_one, "oracle": oracle}
+# The ladder: APPO with one step replaced, by the truth where it is known.
+
+def with_true_frame(group: appo.Group) -> appo.Group:
+    true = torch.zeros_like(group.crucial)
+    true[group.prompt.sample.crucial_frame] = True
+    return replace(group, crucial=true)
 
 
-def arm_settings(arm: str, seed: int, folder: Path,
+def picked_tokens(group: appo.Group, s: appo.Settings) -> Tensor:
+    """Which tokens a crucial frame picks, float (G, R)."""
+    attention = group.rollout.frame_attention[:, :, group.crucial].permute(2, 0, 1)  # (C, G, R)
+    picked = appo.most_attentive_tokens(attention, group.rollout.response_mask, s.k3)
+    return picked.any(0).float()
+
+
+def true_frame(group: appo.Group, logits: Tensor, s: appo.Settings) -> Tensor:
+    """The true frame is the only crucial one."""
+    return appo.weigh_tokens(with_true_frame(group), logits, s)
+
+
+def equal(group: appo.Group, logits: Tensor, s: appo.Settings) -> Tensor:
+    """All picked tokens weigh 1 + alpha, without D."""
+    return 1 + s.alpha * picked_tokens(group, s)
+
+
+def true_frame_equal(group: appo.Group, logits: Tensor, s: appo.Settings) -> Tensor:
+    return equal(with_true_frame(group), logits, s)
+
+
+def entropy(group: appo.Group, logits: Tensor, s: appo.Settings) -> Tensor:
+    """The entropy of each picked token's distribution in place of D: how much responses that share
+    its prefix would differ. The largest counts as 1."""
+    uncertainty = group.rollout.entropy * picked_tokens(group, s)                       # (G, R)
+    return 1 + s.alpha * uncertainty / uncertainty.max().clamp(min=1e-4)
+
+
+CONTROLS = {"shuffled": shuffled, "mean_one": mean_one, "oracle": oracle, "true_frame": true_frame,
+            "equal": equal, "true_frame_equal": true_frame_equal, "entropy": entropy}
+
+
+def arm_settings(arm: str, seed: int, number: int, folder: Path,
                  rest: list[str]) -> tuple[appo.Settings, Callable]:
-    """(settings, weighting of tokens) of an arm; `rest` holds the study's options of appo.py."""
+    """(settings, weighting of tokens) of an arm; number: of the rollout seed; `rest` holds the
+    study's options of appo.py."""
     algorithm, *changes = arm.split(":")
     home, weigh, arguments = folder / f"seed-{seed}", appo.weigh_tokens, []
+    rollout_seed = seed + 1000 * number
     for change in changes:
         name, _, value = change.partition("=")
         if name in CONTROLS:
             weigh = CONTROLS[name]
         elif name == "again":
-            arguments += ["--rollout_seed", str(1000 + seed)]
+            rollout_seed += 500
         else:
             arguments += [f"--{name}", value]
-    output = home / re.sub(r"[^\w.]+", "-", arm)
+    output = home / (re.sub(r"[^\w.]+", "-", arm) + f"-{number}")
     s = appo.parse_settings([
         "--save_every", "0", "--readers", "1", "--data", f"{folder}/train.json", "--eval_data",
         f"{folder}/test.json", *rest, *arguments, "--algorithm", algorithm, "--seed", str(seed),
-        "--toy_folder", str(home), "--output", str(output)], "evaluate.py")
+        "--rollout_seed", str(rollout_seed), "--toy_folder", str(home), "--output", str(output)],
+        "evaluate.py")
     if weigh is not appo.weigh_tokens and not s.alpha:
         raise RunError(f"{arm}: at alpha 0 there are no token weights; use the control with appo")
     return s, weigh
 
 
-def train_arm(arm: str, seed: int, folder: Path, rest: list[str]) -> None:
+def train_arm(*job) -> None:
     """In a process of its own: train an arm, unless it has finished."""
-    s, weigh = arm_settings(arm, seed, folder, rest)
+    s, weigh = arm_settings(*job)
     if (Path(s.output) / "checkpoint").exists():
         return
     shutil.rmtree(s.output, ignore_errors=True)                                # stopped half-way
@@ -629,88 +670,181 @@ def train_arm(arm: str, seed: int, folder: Path, rest: list[str]) -> None:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):   # one bar is enough
             appo.train(s, weigh=weigh)
     except RunError as error:
-        raise RunError(f"seed {seed}, {arm}: {error}") from None
+        raise RunError(f"{s.output}: {error}") from None
 
 
-def run_figures(output: Path) -> dict[str, float]:
+def run_figures(s: appo.Settings) -> dict[str, float]:
     """What the study reports of a run. Accuracy is that of sampled responses."""
+    output = Path(s.output)
     held_out = model_utils.read_log(output / "held_out.jsonl")
     metrics = model_utils.read_log(output / "metrics.jsonl")
     figures = {"training": np.nanmean([step.get("accuracy", np.nan) for step in metrics])}
     for name, key in (("accuracy", "accuracy"), ("recall", "topk")):
         figures[f"{name}, before"] = held_out[0].get(key, np.nan)
         figures[f"{name}, after"] = held_out[-1].get(key, np.nan)
-    figures["weight"] = np.mean([step["token_weight_mean"] for step in metrics])
-    colours = []
+    true_frames = {sample.id: sample.crucial_frame for sample in data.load_samples(s.data)}
+    colours, others, found = [], [], []
     for group in model_utils.read_log(output / "samples.jsonl"):
+        found.append(true_frames[group["id"]] in group["crucial_frames"])
         for response in group["responses"]:
-            pairs = zip(response["tokens"], response["weights"] or [])
-            colours += [weight for token, weight in pairs if token in data.TOY_COLOURS]
-    figures["weight, colour words"] = np.mean(colours or [1.0])
+            for token, weight in zip(response["tokens"], response["weights"] or []):
+                (colours if token in data.TOY_COLOURS else others).append(weight)
+    figures["W, colour"] = np.mean(colours or [1.0])
+    figures["W, rest"] = np.mean(others or [1.0])
+    figures["true frame crucial"] = np.mean(found)
     return {name: float(value) for name, value in figures.items()}
 
 
 def with_interval(values: np.ndarray, sign: str = "") -> str:
-    low, high = bootstrap_interval(values)
+    """Mean and 95% interval of values (seeds, runs): bootstrap over seeds, and over the runs of
+    each."""
+    rng, (S, N) = np.random.default_rng(0), values.shape
+    seeds, runs = rng.integers(S, size=(10_000, S, 1)), rng.integers(N, size=(10_000, S, N))
+    low, high = np.percentile(values[seeds, runs].mean((1, 2)), [2.5, 97.5])
     return f"{values.mean():{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
 
 
 def study_table(figures: dict[str, dict]) -> list[list[str]]:
-    """Rows for {arm: {figure: (seeds,)}}, with differences to the mean of the DAPO arms.
+    """Rows for {arm: {figure: (seeds, runs)}}, with paired differences to the first arm, or to its
+    mean with its ":again".
 
-    The difference of dapo:again is to dapo only: the null, which shows what chance does.
+    The difference of ":again" itself is the null, which shows what chance does.
     """
-    null = [figures[arm] for arm in ("dapo", "dapo:again") if arm in figures]
-    compared = ["accuracy, after", "training"] if null else []
-    rows = [["arm", *next(iter(figures.values())), *(f"{name} - dapo" for name in compared)]]
+    first, compared = next(iter(figures)), ["training", "accuracy, after"]
+    null = [figures[arm] for arm in (first, f"{first}:again") if arm in figures]
+    rows = [["arm", *figures[first], *(f"{name} - {first}" for name in compared)]]
     for arm, values in figures.items():
         row = [arm, *map(with_interval, values.values())]
-        base = null[:1] if arm in ("dapo", "dapo:again") else null
+        base = null[:1] if arm in (first, f"{first}:again") else null
         for name in compared:
-            dapo = np.mean([of_dapo[name] for of_dapo in base], axis=0)
-            row.append(with_interval(values[name] - dapo, "+"))
+            difference = values[name] - np.mean([of_base[name] for of_base in base], axis=0)
+            row.append(with_interval(difference, "+"))
         rows.append(row)
     return rows
+
+
+def draw_study(accuracy: dict[str, list[np.ndarray]], output: str) -> None:
+    """{arm: [accuracy (steps,) of each run]}: means over the runs, and their standard errors."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for arm, runs in accuracy.items():
+        lines = np.stack([smooth(run, 10) for run in runs])                        # (runs, steps)
+        mean, error = lines.mean(0), lines.std(0) / len(lines) ** 0.5
+        steps = np.arange(1, len(mean) + 1)
+        axes.plot(steps, mean, label=f"{arm} ({len(lines)} runs)")
+        axes.fill_between(steps, mean - error, mean + error, alpha=0.2)
+    axes.set(xlabel="step", ylabel="accuracy of rollouts, last 10 steps")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save_figure(figure, output)
 
 
 def study(options) -> None:
     """The algorithms on the built-in task, or on --data; all arms of a seed start from one model.
 
-    They see the same prompts and, but for "again", the same random numbers.
+    They see the same prompts and, but for "again", the same random numbers. Differences are to the
+    first arm. With --snr nothing is trained: see signal_to_noise.
     """
     folder, arms = Path(options.output), options.arms.split(",")
     seeds = range(options.first_seed, options.first_seed + options.seeds)
-    jobs = [(arm, seed, folder, options.rest) for seed in seeds for arm in arms]
-    settings = [arm_settings(*job)[0] for job in jobs]
+    numbers = range(options.rollout_seeds)
+    jobs = [(arm, seed, number, folder, options.rest)
+            for seed in seeds for number in numbers for arm in arms]
+    settings = {job[:3]: arm_settings(*job)[0] for job in jobs}
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "study.json"
     if config.exists() and json.loads(config.read_text())["options"] != options.rest:
         raise RunError(f"{folder}: holds a study with other options; give another --output")
     config.write_text(json.dumps({"options": options.rest}))
-    if settings[0].data == f"{folder}/train.json":
+    if any(s.data == f"{folder}/train.json" for s in settings.values()):
         data.make_toy_data(folder)
-    for s in settings:
-        appo.prepare_built_in(s)                         # the model, for the first arm of a seed
     with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
+        # an arm of each seed has the model of the seed made
+        list(pool.map(appo.prepare_built_in, [settings[arms[0], seed, 0] for seed in seeds]))
+        if options.snr:
+            figures = [pool.submit(snr_figures, arms, seed, folder, options) for seed in seeds]
+            return print_snr(arms, [future.result() for future in figures])
         futures = [pool.submit(train_arm, *job) for job in jobs]
         try:
-            for future in tqdm(as_completed(futures), "arms", len(futures)):
+            for future in tqdm(as_completed(futures), "runs", len(futures)):
                 future.result()
         finally:
             pool.shutdown(cancel_futures=True)              # after an error start no further arm
-    figures, metrics = {}, {}
+    figures, accuracy = {}, {}
     for arm in arms:
-        outputs = [Path(s.output) for s, job in zip(settings, jobs) if job[0] == arm]
-        runs = [run_figures(output) for output in outputs]
-        figures[arm] = {name: np.array([run[name] for run in runs]) for name in runs[0]}
-        metrics[arm] = [read_run(output)[1] for output in outputs]
-    print(f"{len(seeds)} seeds from {seeds[0]}; mean (95% interval, bootstrap over seeds); "
-          "accuracy is that of sampled responses")
+        runs = [settings[arm, seed, number] for seed in seeds for number in numbers]
+        columns = [run_figures(s) for s in runs]
+        figures[arm] = {}
+        for name in columns[0]:
+            values = [column[name] for column in columns]
+            figures[arm][name] = np.reshape(values, (len(seeds), len(numbers)))
+        if arm in FIGURE_ARMS:
+            accuracy[arm] = [read_run(Path(s.output))[1]["accuracy"] for s in runs]
+    print(f"{len(seeds)} seeds from {seeds[0]}, {len(numbers)} runs of each; mean (95% interval, "
+          "bootstrap over seeds and runs); accuracy is that of sampled responses")
     print_table(study_table(figures))
     results = {arm: {name: x.tolist() for name, x in figures[arm].items()} for arm in arms}
     config.write_text(json.dumps({"options": options.rest, "seeds": list(seeds), "arms": results}))
-    draw_curves(metrics, 10, f"{folder}/curves.png")
+    draw_study(accuracy, f"{folder}/study.png")
     print(f"every figure: {config}")
+
+
+def signal_to_noise(total: Tensor, squares: Tensor, n: int) -> float:
+    """|mean gradient|^2 / sum of the parameters' variances, over n groups.
+
+    total, squares (K,): the sums of the groups' gradients g_i and of g_i^2. The squared length of
+    the mean is estimated without bias by (|sum g_i|^2 - sum |g_i|^2) / (n (n - 1)); the variances
+    sum up to the mean of |g_i|^2 minus that.
+    """
+    signal = (total.square().sum() - squares.sum()) / (n * (n - 1))
+    return (signal / (squares.sum() / n - signal)).item()
+
+
+def group_gradients(run: appo.Run, group: appo.Group, arms: list[tuple]) -> Tensor:
+    """The gradient of a group's loss in each arm, (arms, K), at the start of training."""
+    rollout = group.rollout
+    log_probs, logits = run.policy(rollout.prompt, rollout.response_ids, rollout.response_mask,
+                                   keep_logits=True)
+    group.old_log_probs, gradients = log_probs.detach(), []
+    appo.add_reference_log_probs(run, group)
+    for s, weigh in arms:
+        of_arm = replace(run, settings=s)
+        appo.score_group(of_arm, group)                                  # with its crucial frames
+        group.token_weights = weigh(group, logits, s)
+        loss, _ = appo.group_loss(of_arm, group, log_probs)
+        parts = torch.autograd.grad(loss, list(run.policy.parameters()), retain_graph=True)
+        gradients.append(torch.cat([part.flatten() for part in parts]).double())
+    return torch.stack(gradients)
+
+
+def snr_figures(arms: list[str], seed: int, folder: Path, options) -> Tensor:
+    """signal_to_noise of each arm, (arms, 2): of the gradients, and after Adam's scaling, which
+    divides each parameter's gradients by the root of their mean square."""
+    pairs = [arm_settings(arm, seed, 0, folder, options.rest) for arm in arms]
+    s = replace(pairs[0][0], alpha=1.0, gamma=1.0)      # attention is read, a video masked for PAPO
+    model, tokenizer = load_model(s.model)
+    policy = model_utils.Policy(model)
+    run = appo.Run(s, model, tokenizer, policy, reference=policy)
+    total, squares, n = 0.0, 0.0, 0
+    for prompts, _ in read_prompts(load_samples(s), tokenizer, s, f"seed {seed}"):
+        for group in scored_groups(run, prompts):
+            if group.advantages.any() and n < options.snr:
+                gradients = group_gradients(run, group, pairs)
+                total, squares, n = total + gradients, squares + gradients.square(), n + 1
+        if n == options.snr:
+            break
+    scale = (squares / n).sqrt().clamp(min=1e-12)
+    figures = [(signal_to_noise(a, b, n), signal_to_noise(a / c, b / c.square(), n))
+               for a, b, c in zip(total, squares, scale)]
+    return torch.tensor(figures)
+
+
+def print_snr(arms: list[str], figures: list[Tensor]) -> None:
+    """The ratio to the first arm; median over the seeds (low to high)."""
+    ratios = torch.stack(figures) / torch.stack(figures)[:, :1]                # (seeds, arms, 2)
+    rows = [[arm, *map(with_range, ratios[:, i].T.tolist())] for i, arm in enumerate(arms)]
+    print_table([[f"signal to noise / {arms[0]}", "gradient", "after Adam's scaling"], *rows])
 
 
 # ------------------------------------------------------------------------------------- throughput
@@ -1007,10 +1141,12 @@ def command_line() -> Parser:
     option("--output", "every description and answer", "decouple.jsonl")
     option = add(study)
     option("--arms", default=ARMS, help="ALGORITHM[:OPTION=VALUE][:again|shuffled|...],...")
-    option("--seeds", type=positive, default=10, help="how many")
+    option("--seeds", type=positive, default=10, help="how many models")
     option("--first_seed", type=int, default=0, help="the first")
-    option("--processes", type=positive, default=2, help="arms at a time, a core each")
-    option("--output", default="runs/study", help="folder; arms that have finished there stay")
+    option("--rollout_seeds", type=positive, default=3, help="runs from each model")
+    option("--snr", type=positive, help="train nothing; signal to noise over so many groups")
+    option("--processes", type=positive, default=2, help="runs at a time, a core each")
+    option("--output", default="runs/study", help="folder; runs that have finished there stay")
     option = add(throughput)
     option("--model", "model folder; default: a random model of 12 layers, 512 wide")
     option("--random_weights", "take only --model's configuration", False)

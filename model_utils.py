@@ -1018,22 +1018,23 @@ def tiny_model(texts: list[str], seed: int = 0):
     return prepare_model(model.eval()), tokenizer
 
 
-def warm_up(new_model: Callable, lessons: list, measure: Callable):
+def warm_up(new_model: Callable, stages: list[tuple], measure: Callable):
     """A tiny model that has learned the built-in task by supervision, as far as reinforcement
-    learning needs: half of its answers are correct, and it looks at the frames.
+    learning needs.
 
     new_model(attempt): a model with other random weights for each attempt.
-    lessons: each has a `prompt` up to the end of its video; token_words (visual tokens, 2), the two
+    stages: (lessons, learning rate, steps between measurements, good_enough) of each.
+        A lesson has a `prompt` up to the end of its video; token_words (visual tokens, 2), the two
         words that name what a visual token shows, the padding id where it shows nothing;
         response_ids, response_mask and target_mask (questions, R), the rest of the prompts with the
         responses, and which of those tokens to learn.
-    measure(model) -> (accuracy, share of responses that attend most to the frame with the answer)
+    measure(model): what good_enough takes.
     Raises RunError if no attempt learns it.
     """
     for attempt in range(5):    # some initialisations learn to answer without looking
         model = new_model(attempt)
-        align_vision(model, lessons)
-        if learn_answers(model, lessons, measure):
+        align_vision(model, stages[0][0])
+        if all(learn_answers(model, *stage, measure) for stage in stages):
             return model
     raise RunError("the built-in model did not learn its task; try another --seed")
 
@@ -1045,7 +1046,7 @@ def batches_of(count: int, size: int) -> Iterator[list[int]]:
 
 
 def align_vision(model, lessons: list, steps: int = 60) -> None:
-    """Stage 1: the vision tower learns to say what each visual token shows. Without it, nothing is
+    """The vision tower learns to say what each visual token shows. Without it, nothing is
     learned."""
     embed_tokens = model.model.language_model.embed_tokens
     parameters = [*model.model.visual.parameters(), *embed_tokens.parameters()]
@@ -1053,7 +1054,7 @@ def align_vision(model, lessons: list, steps: int = 60) -> None:
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters, lr=2e-3)
     batches = batches_of(len(lessons), 16)
-    for _ in tqdm(range(steps), desc="warm-up 1 of 2"):
+    for _ in tqdm(range(steps), desc="warm-up: vision"):
         batch = [lessons[number] for number in next(batches)]
         grids = torch.tensor([grid for lesson in batch for grid in lesson.prompt.video_grids])
         patches = torch.cat([lesson.prompt.patches for lesson in batch])
@@ -1069,17 +1070,18 @@ def align_vision(model, lessons: list, steps: int = 60) -> None:
     model.requires_grad_(False)
 
 
-def learn_answers(model, lessons: list, measure: Callable, max_steps: int = 200) -> bool:
-    """Stage 2: the language model learns to answer until it is good enough; False if it fails."""
+def learn_answers(model, lessons: list, learning_rate: float, check_every: int,
+                  good_enough: Callable, measure: Callable, max_steps: int = 240) -> bool:
+    """The language model learns to answer until it is good enough; False if it fails."""
     encoded = []
     for start in range(0, len(lessons), 64):
         encoded += encode_prompts(model, [lesson.prompt for lesson in lessons[start:start + 64]])
     policy = Policy(model)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3, betas=(0.9, 0.98),
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=learning_rate, betas=(0.9, 0.98),
                                   weight_decay=0.01)
-    batches = batches_of(len(lessons), 8)
-    for step in tqdm(range(1, max_steps + 1), desc="warm-up 2 of 2"):
-        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, step / 20)
+    batches = batches_of(len(lessons), 4)
+    for step in tqdm(range(1, max_steps + 1), desc="warm-up: answers"):
+        optimizer.param_groups[0]["lr"] = learning_rate * min(1, step / 20)
         batch = next(batches)
         for number in batch:
             lesson = lessons[number]
@@ -1089,12 +1091,8 @@ def learn_answers(model, lessons: list, measure: Callable, max_steps: int = 200)
         nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step >= 50 and step % 5 == 0:
+        if step % check_every == 0:
             refresh(model, policy)
-            accuracy, looking = measure(model)
-            # A model that looks stops at 0.5; one that is above 0.75 has learned not to look.
-            if accuracy > 0.75:
-                return False
-            if accuracy >= 0.5 and looking >= 0.3:
+            if good_enough(*measure(model)):
                 return True
     return False

@@ -634,7 +634,7 @@ def videos(toy):
 
 def settings_of(toy, algorithm="appo", **changes):
     small = dict(model=str(toy / "model"), data=str(toy / "train.json"), readers=1,
-                 prompts_per_step=4, group_size=4, warmup_steps=0)
+                 prompts_per_step=4, group_size=4, updates_per_batch=2, warmup_steps=0)
     return appo.Settings.of(algorithm, **appo.TINY | small | changes)
 
 
@@ -688,7 +688,7 @@ def test_the_constants_of_a_group(toy, videos):
         rollout, mask = group.rollout, group.rollout.response_mask
         text = tokenizer.decode(rollout.response_ids[1, mask[1]], skip_special_tokens=True)
         reward, accuracy, _ = data.task_reward(text, group.prompt.sample)
-        reward += appo.overlong_penalty(mask.sum(1), 18, 16)[1]
+        reward += appo.overlong_penalty(mask.sum(1), 36, 16)[1]
         assert group.texts[1] == text and group.accuracy[1] == accuracy
         assert_close(group.reward[1], reward, atol=1e-6)
         assert torch.equal(group.advantages, appo.group_advantages(group.reward))
@@ -714,8 +714,8 @@ def test_the_constants_of_a_group(toy, videos):
 @pytest.mark.parametrize("algorithm", list(appo.PRESETS))
 def test_every_algorithm_learns(toy, videos, algorithm):
     """On the same eight questions at every step."""
-    _, metrics, _ = learn(toy, videos[:8], algorithm, steps=6, prompts_per_step=8, group_size=8,
-                          learning_rate=5e-4)
+    _, metrics, _ = learn(toy, videos[:8], algorithm, steps=8, prompts_per_step=8, group_size=8,
+                          learning_rate=1e-3)
     accuracy = [record["accuracy"] for record in metrics]
     assert accuracy[-1] > accuracy[0] + 0.1
 
@@ -1276,18 +1276,19 @@ def test_frames_and_time_rule(video, expected):
 
 def clip(path, shape=(6, 3, 30, 41), fps=2):
     frames = torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
-    data.write_avi(path, frames, fps)
+    data.write_y4m(path, frames, fps)
     return frames
 
 
-def test_avi_round_trip_is_exact(tmp_path):
-    for width in (41, 42, 43, 44):
-        frames = clip(tmp_path / "a.avi", (8, 3, 30, width))
-        read, seconds, duration = data.sample_frames(str(tmp_path / "a.avi"), 100, 100)
-        assert torch.equal(read, frames) and (seconds, duration) == (1.0, 4.0)
-    clip(tmp_path / "b.avi", fps=29.97)
-    assert data.sample_frames(str(tmp_path / "b.avi"), 1, 16)[2] == pytest.approx(6 / 29.97)
-    assert sorted(os.listdir(tmp_path)) == ["a.avi", "b.avi"]  # no unfinished file is left
+def test_y4m_round_trip(tmp_path):
+    for width in (41, 42):
+        frames = clip(tmp_path / "a.y4m", (8, 3, 30, width))
+        read, seconds, duration = data.sample_frames(str(tmp_path / "a.y4m"), 100, 100)
+        assert read.shape == frames.shape and (seconds, duration) == (1.0, 4.0)
+        assert (read.int() - frames.int()).abs().max() <= 2
+    clip(tmp_path / "b.y4m", fps=29.97)
+    assert data.sample_frames(str(tmp_path / "b.y4m"), 1, 16)[2] == pytest.approx(6 / 29.97)
+    assert sorted(os.listdir(tmp_path)) == ["a.y4m", "b.y4m"]  # no unfinished file is left
 
 
 def test_folder_of_pictures(tmp_path):
@@ -1477,6 +1478,9 @@ def test_the_damaged_clip_is_refused():
 
 # ---- prompts
 
+TOY_WORD = r"</?\w+>|\w+|[^\w\s]"
+
+
 class WordTokenizer:
     """Just enough of a tokenizer: words of the built-in task, Qwen's control tokens whole."""
     pad_token_id, eos_token_id = 0, 1
@@ -1495,7 +1499,7 @@ class WordTokenizer:
         return "<|im_start|>user " + "".join(texts) + "<|im_end|>"
 
     def __call__(self, text, add_special_tokens=False):
-        words = re.findall(r"<\|\w+\|>|" + data.TOY_WORD, text)
+        words = re.findall(r"<\|\w+\|>|" + TOY_WORD, text)
         return {"input_ids": self.convert_tokens_to_ids(words)}
 
 
@@ -1765,25 +1769,34 @@ def test_toy_data_is_deterministic_whole_and_found_both_ways(tmp_path):
         assert sample.question == f"what colour is the {shapes[sample.crucial_frame]} ?"
         assert sample.options["ABCD".index(sample.answer)] == colours[sample.crucial_frame]
         read, seconds, duration = data.sample_frames(sample.video, 1, 16)
-        assert torch.equal(read, frames) and (seconds, duration) == (2.0, 16.0)
+        assert (read.int() - frames.int()).abs().max() <= 2 and (seconds, duration) == (2.0, 16.0)
 
 
 def test_toy_responses_are_correct_and_use_the_vocabulary():
-    words, rng = data.toy_vocabulary(), np.random.default_rng(0)
-    leads = set()
-    assert len(set(words)) == len(words) < 100
-    for shape in data.TOY_SHAPES:
+    rng = np.random.default_rng(0)
+    words = set(re.findall(TOY_WORD, " ".join(data.toy_vocabulary())))
+    spoken = [set() for _ in data.TOY_FILLER]
+    assert len(words) < 150
+    for shape in data.TOY_SHAPES * 3:
         for letter, colour in zip("ABCD", data.TOY_COLOURS):
-            response = data.toy_response(shape, colour, rng)
             sample = dataclasses.replace(CHOICE, question=f"what colour is the {shape} ?",
                                          options=list(data.TOY_COLOURS), answer=letter)
+            plain = data.toy_response(shape, colour, rng, filler=False)
+            assert plain == f"<think> {shape} {colour} </think> <answer> {letter} </answer>"
+            response = data.toy_response(shape, colour, rng)
             assert data.task_reward(response, sample) == (1.0, 1, 1)
-            tokens = re.findall(data.TOY_WORD, response)
-            assert response.split() == tokens and f"{shape} {colour}" in response
-            tokens += re.findall(data.TOY_WORD, data.prompt_text(sample, None))
-            assert set(tokens) <= set(words)
-            leads.add(" ".join(tokens[1:tokens.index(shape)]))
-    assert leads == {"the", "i see a", "there is a", "look at the video : a"}
+            tokens = re.findall(TOY_WORD, response)
+            assert response.split() == tokens and tokens[25:27] == [shape, colour]
+            tokens += re.findall(TOY_WORD, data.prompt_text(sample, None))
+            assert set(tokens) <= words
+            for place, word in zip(spoken, tokens[1:25], strict=True):
+                place.add(word)
+            wrong = data.toy_response(shape, colour, rng, correct=0)
+            assert data.task_reward(wrong, sample) == (pytest.approx(0.1), 0, 1)
+    assert spoken == [set(alternatives) for alternatives in data.TOY_FILLER]
+    assert [len(place) for place in spoken] == [4] * 24
+    responses = [data.toy_response("star", "red", rng, False, 0.4) for _ in range(1000)]
+    assert 360 < sum("star red" in response for response in responses) < 440
 
 
 def test_toy_lessons_teach_the_responses_and_the_tokens():
@@ -1946,15 +1959,18 @@ def test_smoothing_is_over_the_last_steps():
 # ---- study
 
 def test_controls(toy):
-    """What the study's controls do to APPO's weights, on a random group."""
+    """What the study's weightings make of APPO's, on a random group."""
     _, tokenizer = evaluate.load_model(str(toy / "model"))
     rng = torch.Generator().manual_seed(0)
     mask = torch.arange(9) < torch.tensor([[9], [6]])
     red, blue, other = tokenizer.convert_tokens_to_ids(["red", "blue", "the"])
     ids = torch.full((2, 9), other)
     ids[0, 4], ids[1, 2] = red, blue
-    rollout = model_utils.Rollout(None, ids, mask, None, None, torch.rand(2, 9, 3, generator=rng))
-    group = appo.Group(3, None, rollout, crucial=torch.tensor([True, False, True]))
+    uncertainty = torch.rand(2, 9, generator=rng).where(mask, 0.0)
+    rollout = model_utils.Rollout(None, ids, mask, None, uncertainty,
+                                  torch.rand(2, 9, 3, generator=rng))
+    prompt = SimpleNamespace(sample=SimpleNamespace(crucial_frame=1))
+    group = appo.Group(3, prompt, rollout, crucial=torch.tensor([True, False, True]))
     logits = torch.randn(2, 9, 5, generator=rng)
     s = appo.Settings.of("appo", k3=4, model=str(toy / "model"))
     weights = appo.weigh_tokens(group, logits, s)
@@ -1968,22 +1984,81 @@ def test_controls(toy):
         assert sorted(shuffled[i].tolist()) == sorted(weights[i].tolist())
     assert not evaluate.shuffled(replace(group, position=4), logits, s).equal(shuffled)
 
+    def picks(i, frames):
+        """The 4 tokens of a response that attend most to each of the frames."""
+        columns = [rollout.frame_attention[i, mask[i], frame].tolist() for frame in frames]
+        return {place for column in columns for place in highest(column, 4)}
+
+    true = replace(group, crucial=torch.tensor([False, True, False]))
+    assert results["true_frame"].equal(appo.weigh_tokens(true, logits, s))
+    for name, frames in (("equal", [0, 2]), ("true_frame_equal", [1])):
+        expected = [[2.7 if place in picks(i, frames) else 1.0 for place in range(9)]
+                    for i in range(2)]
+        torch.testing.assert_close(results[name], torch.tensor(expected))
+    picked = results["equal"] > 1
+    most = uncertainty[picked].max()
+    expected = torch.where(picked, 1 + 1.7 * uncertainty / most, torch.ones(2, 9))
+    torch.testing.assert_close(results["entropy"], expected)
+    none = replace(group, crucial=torch.zeros(3, dtype=torch.bool))
+    assert (evaluate.equal(none, logits, s) == 1).all()
+    assert (evaluate.entropy(none, logits, s) == 1).all()
+
 
 def test_study_table_by_hand():
-    """To the mean of both DAPO arms; the row of dapo:again is the null."""
+    """To the mean of both runs of the first arm; the row of the second is the null."""
     figures = {"dapo": 0.5, "dapo:again": 0.7, "appo": 0.9}
-    figures = {arm: {name: np.full(3, value) for name in ("accuracy, after", "training")}
+    figures = {arm: {name: np.full((3, 2), value) for name in ("accuracy, after", "training")}
                for arm, value in figures.items()}
     header, *rows = evaluate.study_table(figures)
-    assert header == ["arm", "accuracy, after", "training", "accuracy, after - dapo",
-                      "training - dapo"]
+    assert header == ["arm", "accuracy, after", "training", "training - dapo",
+                      "accuracy, after - dapo"]
     assert [row[3][:6] for row in rows] == ["+0.000", "+0.200", "+0.300"]
     assert rows[2][1:3] == ["0.900 (0.900 to 0.900)"] * 2
-    assert len(evaluate.study_table({"appo": figures["appo"]})[0]) == 3
+    assert evaluate.study_table({"appo": figures["appo"]})[1][3].startswith("+0.000")
+
+
+def test_intervals_are_over_seeds_and_their_runs():
+    """Of 4 seeds with 9 runs. Where only the seeds differ, or only the runs, the resampled mean is
+    a mean of 4, or of 36, independent draws."""
+    def bounds(values):
+        return [float(x) for x in re.findall(r"[-+][0-9.]+", evaluate.with_interval(values, "+"))]
+
+    rng = np.random.default_rng(0)
+    of_seeds = np.repeat(rng.permutation([-1.0, -1.0, 1.0, 1.0])[:, None], 9, axis=1)
+    assert bounds(of_seeds) == [0, -1, 1]           # 1 of 16 means of 4 signs is below -0.5
+    of_runs = rng.permuted([[-1.0] * 18 + [1.0] * 18], axis=1).reshape(4, 9)
+    mean, low, high = bounds(of_runs - of_runs.mean(1, keepdims=True))
+    deviation = (of_runs.var(1).mean() / 36) ** 0.5
+    assert mean == 0
+    assert (low, high) == pytest.approx((-1.96 * deviation, 1.96 * deviation), rel=0.1)
+
+
+def test_signal_to_noise_of_a_model_with_two_parameters():
+    """Two coins, each with one logit; the first is rewarded. At logit 0 the gradient of a group is
+    1/2 for the first, however it falls, and 1/2 or -1/2 for the second: noise. So |mean|^2 = 1/4,
+    the variances sum up to 1/4, and a weight of w on the first coin makes the ratio w^2."""
+    for weight in (1.0, 2.7):
+        gradients = []
+        for first, second in itertools.product((1.0, -1.0), repeat=2):      # which side is up
+            logits = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+            log_p = torch.nn.functional.logsigmoid(logits * tensor([first, second]))
+            objective = (first * tensor([weight, 1.0]) * log_p).sum()
+            gradients += torch.autograd.grad(objective, logits)
+        gradients = torch.stack(gradients * 5000)
+        total, squares = gradients.sum(0), gradients.square().sum(0)
+        ratio = evaluate.signal_to_noise(total, squares, len(gradients))
+        assert ratio == pytest.approx(weight ** 2, rel=1e-3)
+        # The estimate of |mean|^2 is the mean over all pairs of different groups.
+        few = gradients[:5]
+        pairs = [a @ b for a, b in itertools.permutations(few, 2)]
+        signal = sum(pairs) / len(pairs)
+        expected = signal / (few.square().sum() / 5 - signal)
+        ratio = evaluate.signal_to_noise(few.sum(0), few.square().sum(0), 5)
+        assert ratio == pytest.approx(expected.item())
 
 
 def test_study_and_curves_commands(toy, tmp_path, capsys):
-    """Arms share model and prompts, dapo:again samples anew, what has finished stays."""
+    """Arms share model and prompts, runs and dapo:again sample anew, what has finished stays."""
     few_questions(toy, tmp_path / "test.json", 8)
     folder = tmp_path / "study"
     rest = ["--steps", "2", "--prompts_per_step", "2", "--learning_rate", "1e-2", "--model",
@@ -1993,43 +2068,65 @@ def test_study_and_curves_commands(toy, tmp_path, capsys):
     common = ["study", "--output", folder, "--processes", 1, "--seeds", 1, *rest, "--arms"]
     assert "--k9" in refusal(capsys, *common, "appo:k9=2")
     assert "dapo:oracle" in refusal(capsys, *common, "dapo:oracle")
-    text = measure(capsys, *common, ",".join(arms))
-    homes = {arm: folder / "seed-0" / name for arm, name in arms.items()}
-    logs = {arm: json_lines(home / "metrics.jsonl") for arm, home in homes.items()}
-    held_out = {arm: json_lines(home / "held_out.jsonl") for arm, home in homes.items()}
+    text = measure(capsys, *common, ",".join(arms), "--rollout_seeds", 2)
+    homes = {(arm, number): folder / "seed-0" / f"{name}-{number}"
+             for arm, name in arms.items() for number in range(2)}
+    logs = {run: json_lines(home / "metrics.jsonl") for run, home in homes.items()}
+    held_out = {run: json_lines(home / "held_out.jsonl") for run, home in homes.items()}
     figures = json.loads((folder / "study.json").read_text())["arms"]
-    assert logs["dapo"][0]["entropy"] == logs["appo:k1=2:oracle"][0]["entropy"]
-    assert logs["dapo"][0]["entropy"] != logs["dapo:again"][0]["entropy"]
+    first = {run: log[0]["entropy"] for run, log in logs.items()}
+    assert [first["appo:k1=2:oracle", n] for n in range(2)] == [first["dapo", n] for n in range(2)]
+    assert len(set(first.values())) == 4                                   # of dapo and its again
     assert len({log[0]["accuracy"] for log in held_out.values()}) == 1     # the same start
     assert len({log[-1]["topk"] for log in held_out.values()}) > 1         # learned differently
-    for arm in arms:
-        first, *_, last = held_out[arm]
-        means = [np.mean([step[name] for step in logs[arm]])
-                 for name in ("accuracy", "token_weight_mean")]
-        expected = {"training": means[0], "accuracy, before": first["accuracy"],
-                    "accuracy, after": last["accuracy"], "recall, before": first["topk"],
-                    "recall, after": last["topk"], "weight": means[1]}
+    for arm, number in homes:
+        before, *_, after = held_out[arm, number]
+        accuracy = np.mean([step["accuracy"] for step in logs[arm, number]])
+        expected = {"training": accuracy, "accuracy, before": before["accuracy"],
+                    "accuracy, after": after["accuracy"], "recall, before": before["topk"],
+                    "recall, after": after["topk"]}
         for name, value in expected.items():
-            assert figures[arm][name] == [pytest.approx(value)], (arm, name)
+            assert figures[arm][name][0][number] == pytest.approx(value), (arm, number, name)
         assert arm in text
-    assert figures["appo:k1=2:oracle"]["weight, colour words"] == [pytest.approx(2.7)]
-    assert figures["dapo"]["weight, colour words"] == [1]
-    settings, _ = evaluate.read_run(homes["appo:k1=2:oracle"])
+    for name, value in (("W, colour", 2.7), ("W, rest", 1.0)):
+        assert figures["appo:k1=2:oracle"][name] == [[pytest.approx(value)] * 2]
+        assert figures["dapo"][name] == [[1, 1]]
+    assert figures["dapo"]["true frame crucial"] == [[0, 0]]               # it has no frames
+    home = homes["appo:k1=2:oracle", 1]
+    true = [sample.crucial_frame for sample in data.load_samples(toy / "train.json")]
+    found = [true[int(group["id"].rpartition(":")[2])] in group["crucial_frames"]
+             for group in json_lines(home / "samples.jsonl")]
+    assert figures["appo:k1=2:oracle"]["true frame crucial"][0][1] == np.mean(found)
+    settings, _ = evaluate.read_run(home)
     assert (settings["k1"], settings["alpha"], settings["seed"]) == (2, 1.7, 0)
     assert "other options" in refusal(capsys, *common, "dapo", "--group_size", 4)
-    shutil.rmtree(homes["dapo"] / "checkpoint")                            # as if it was stopped
-    for arm, home in homes.items():
+    shutil.rmtree(homes["dapo", 0] / "checkpoint")                         # as if it was stopped
+    for (arm, number), home in homes.items():
         before = (home / "metrics.jsonl").stat().st_mtime_ns
-        evaluate.train_arm(arm, 0, folder, rest)
-        assert ((home / "metrics.jsonl").stat().st_mtime_ns == before) == (arm != "dapo")
-    again = json_lines(homes["dapo"] / "metrics.jsonl")
-    assert [step["loss"] for step in again] == [step["loss"] for step in logs["dapo"]]
+        evaluate.train_arm(arm, 0, number, folder, rest)
+        repeated = (home / "metrics.jsonl").stat().st_mtime_ns != before
+        assert repeated == ((arm, number) == ("dapo", 0))
+    again = json_lines(homes["dapo", 0] / "metrics.jsonl")
+    assert [step["loss"] for step in again] == [step["loss"] for step in logs["dapo", 0]]
     picture = tmp_path / "new" / "c.png"
     assert "drawn" in measure(capsys, "curves", *homes.values(), toy, "--output", picture)
-    assert picture.stat().st_size > 10_000 and (folder / "curves.png").stat().st_size > 10_000
-    with open(homes["dapo"] / "metrics.jsonl", "a") as file:
+    assert picture.stat().st_size > 10_000 and (folder / "study.png").stat().st_size > 10_000
+    with open(homes["dapo", 0] / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "accu')                                    # killed while writing
-    assert len(evaluate.read_run(homes["dapo"])[1]["accuracy"]) == 2
+    assert len(evaluate.read_run(homes["dapo", 0])[1]["accuracy"]) == 2
+
+
+def test_signal_to_noise_command(toy, tmp_path, capsys):
+    arms = ["dapo", "appo:alpha=1e-9", "appo", "grpo", "papo_d"]
+    text = measure(capsys, "study", "--output", tmp_path, "--processes", 1, "--seeds", 1, "--snr",
+                   6, "--model", toy / "model", "--data", toy / "train.json", "--group_size", 4,
+                   "--arms", ",".join(arms))
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines()[-len(arms):]}
+    assert set(rows) == set(arms)
+    assert rows["dapo"] == "1.000 (1.000 to 1.000) 1.000 (1.000 to 1.000)".split()
+    assert rows["appo:alpha=1e-9"] == rows["dapo"]      # its weights are 1
+    assert rows["appo"] != rows["dapo"]
+    assert not list(tmp_path.glob("seed-*/*/metrics.jsonl"))               # nothing is trained
 
 
 # ---- the other commands
