@@ -804,7 +804,7 @@ def signal_to_noise(total: Tensor, squares: Tensor, n: int) -> float:
 def group_gradients(run: appo.Run, group: appo.Group, arms: list[tuple]) -> Tensor:
     """The gradient of a group's loss in each arm, (arms, K), at the start of training."""
     rollout = group.rollout
-    log_probs, logits = run.policy(rollout.prompt, rollout.response_ids, rollout.response_mask,
+    log_probs, logits = run.policy(rollout.encoded, rollout.response_ids, rollout.response_mask,
                                    keep_logits=True)
     group.old_log_probs, gradients = log_probs.detach(), []
     appo.add_reference_log_probs(run, group)
@@ -822,12 +822,12 @@ def snr_figures(arms: list[str], seed: int, folder: Path, options) -> Tensor:
     """signal_to_noise of each arm, (arms, 2): of the gradients, and after Adam's scaling, which
     divides each parameter's gradients by the root of their mean square."""
     pairs = [arm_settings(arm, seed, 0, folder, options.rest) for arm in arms]
-    s = replace(pairs[0][0], alpha=1.0, gamma=1.0)      # attention is read, a video masked for PAPO
+    s = replace(pairs[0][0], alpha=1.0, gamma=1.0)      # PAPO's video is masked
     model, tokenizer = load_model(s.model)
     policy = model_utils.Policy(model)
     run = appo.Run(s, model, tokenizer, policy, reference=policy)
     total, squares, n = 0.0, 0.0, 0
-    for prompts, _ in read_prompts(load_samples(s), tokenizer, s, f"seed {seed}"):
+    for prompts, _ in read_prompts(appo.load_samples(s, s.data), tokenizer, s):
         for group in scored_groups(run, prompts):
             if group.advantages.any() and n < options.snr:
                 gradients = group_gradients(run, group, pairs)
