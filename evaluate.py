@@ -1015,7 +1015,7 @@ def peak_memory(options, new_tokens: int, column: str) -> float:
     """GB that a column takes: on a GPU the most that torch held. On a CPU the most that the process
     held, Python and torch included, which only Linux tells: `resource` would count what its parent
     held."""
-    measure(options, new_tokens, [column], 1)
+    measure(options, new_tokens, [column], rounds=0)
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     status = Path("/proc/self/status")
