@@ -559,7 +559,8 @@ def decouple(options) -> None:
 # ------------------------------------------------------------------------------------------ study
 
 # An arm is an algorithm and, after colons, changes: settings of appo.py; "again", other random
-# numbers in the rollouts (the null: what chance does); or a control, another weighting of tokens.
+# numbers in the rollouts (the null: what chance does); a control, which is another weighting of
+# tokens; and last "true_frame", which tells the weighting the frame that shows the answer.
 ARMS = ("dapo,dapo:again,grpo,papo_d,appo,appo:strategy=hard,appo:strategy=all,appo:shuffled,"
         "appo:mean_one,appo:oracle")
 FIGURE_ARMS = ("dapo", "appo", "appo:shuffled", "appo:oracle")
@@ -594,50 +595,35 @@ def oracle(group: appo.Group, logits: Tensor, s: appo.Settings) -> Tensor:
     return 1 + s.alpha * torch.isin(ids, colours).float()
 
 
-# The ladder: APPO with one step replaced, by the truth where it is known.
-
-def with_true_frame(group: appo.Group) -> appo.Group:
-    true = torch.zeros_like(group.crucial)
-    true[group.prompt.sample.crucial_frame] = True
-    return replace(group, crucial=true)
-
-
-def picked_tokens(group: appo.Group, s: appo.Settings) -> Tensor:
-    """Which tokens a crucial frame picks, float (G, R)."""
+def equal(group: appo.Group, logits: Tensor, s: appo.Settings) -> Tensor:
+    """1 + alpha on all tokens that a crucial frame picks, without D."""
     attention = group.rollout.frame_attention[:, :, group.crucial].permute(2, 0, 1)  # (C, G, R)
     picked = appo.most_attentive_tokens(attention, group.rollout.response_mask, s.k3)
-    return picked.any(0).float()
-
-
-def true_frame(group: appo.Group, logits: Tensor, s: appo.Settings) -> Tensor:
-    """The true frame is the only crucial one."""
-    return appo.weigh_tokens(with_true_frame(group), logits, s)
-
-
-def equal(group: appo.Group, logits: Tensor, s: appo.Settings) -> Tensor:
-    """All picked tokens weigh 1 + alpha, without D."""
-    return 1 + s.alpha * picked_tokens(group, s)
-
-
-def true_frame_equal(group: appo.Group, logits: Tensor, s: appo.Settings) -> Tensor:
-    return equal(with_true_frame(group), logits, s)
+    return 1 + s.alpha * picked.any(0).float()
 
 
 def entropy(group: appo.Group, logits: Tensor, s: appo.Settings) -> Tensor:
-    """The entropy of each picked token's distribution in place of D: how much responses that share
-    its prefix would differ. The largest counts as 1."""
-    uncertainty = group.rollout.entropy * picked_tokens(group, s)                       # (G, R)
+    """The entropy of a picked token's distribution in place of D: how much responses that share its
+    prefix would differ. The largest counts as 1."""
+    uncertainty = group.rollout.entropy * (equal(group, logits, s) > 1)                 # (G, R)
     return 1 + s.alpha * uncertainty / uncertainty.max().clamp(min=1e-4)
 
 
-CONTROLS = {"shuffled": shuffled, "mean_one": mean_one, "oracle": oracle, "true_frame": true_frame,
-            "equal": equal, "true_frame_equal": true_frame_equal, "entropy": entropy}
+def true_frame(weigh: Callable, group: appo.Group, logits: Tensor, s: appo.Settings) -> Tensor:
+    """A weighting for which the true frame is the only crucial one."""
+    true = torch.zeros_like(group.crucial)
+    true[group.prompt.sample.crucial_frame] = True
+    return weigh(replace(group, crucial=true), logits, s)
+
+
+CONTROLS = {"shuffled": shuffled, "mean_one": mean_one, "oracle": oracle, "equal": equal,
+            "entropy": entropy}
 
 
 def arm_settings(arm: str, seed: int, number: int, folder: Path,
                  rest: list[str]) -> tuple[appo.Settings, Callable]:
-    """(settings, weighting of tokens) of an arm; number: of the rollout seed; `rest` holds the
-    study's options of appo.py."""
+    """(settings, weighting of tokens) of an arm; number: of the run; `rest` holds the study's
+    options of appo.py."""
     algorithm, *changes = arm.split(":")
     home, weigh, arguments = folder / f"seed-{seed}", appo.weigh_tokens, []
     rollout_seed = seed + 1000 * number
@@ -645,6 +631,8 @@ def arm_settings(arm: str, seed: int, number: int, folder: Path,
         name, _, value = change.partition("=")
         if name in CONTROLS:
             weigh = CONTROLS[name]
+        elif name == "true_frame":
+            weigh = functools.partial(true_frame, weigh)
         elif name == "again":
             rollout_seed += 500
         else:
@@ -675,23 +663,22 @@ def train_arm(*job) -> None:
 
 def run_figures(s: appo.Settings) -> dict[str, float]:
     """What the study reports of a run. Accuracy is that of sampled responses."""
-    output = Path(s.output)
-    held_out = model_utils.read_log(output / "held_out.jsonl")
-    metrics = model_utils.read_log(output / "metrics.jsonl")
-    figures = {"training": np.nanmean([step.get("accuracy", np.nan) for step in metrics])}
-    for name, key in (("accuracy", "accuracy"), ("recall", "topk")):
-        figures[f"{name}, before"] = held_out[0].get(key, np.nan)
-        figures[f"{name}, after"] = held_out[-1].get(key, np.nan)
+    logs = {name: model_utils.read_log(Path(s.output) / f"{name}.jsonl")
+            for name in ("held_out", "metrics", "samples")}
+    accuracy = [step.get("accuracy", np.nan) for step in logs["metrics"]]
+    figures = {"training": np.nanmean(accuracy)}
+    for name in ("accuracy", "topk"):
+        figures[f"{name}, before"] = logs["held_out"][0].get(name, np.nan)
+        figures[f"{name}, after"] = logs["held_out"][-1].get(name, np.nan)
     true_frames = {sample.id: sample.crucial_frame for sample in data.load_samples(s.data)}
-    colours, others, found = [], [], []
-    for group in model_utils.read_log(output / "samples.jsonl"):
+    weights, found = {True: [1.0], False: [1.0]}, []
+    for group in logs["samples"]:
         found.append(true_frames[group["id"]] in group["crucial_frames"])
         for response in group["responses"]:
             for token, weight in zip(response["tokens"], response["weights"] or []):
-                (colours if token in data.TOY_COLOURS else others).append(weight)
-    figures["W, colour"] = np.mean(colours or [1.0])
-    figures["W, rest"] = np.mean(others or [1.0])
-    figures["true frame crucial"] = np.mean(found)
+                weights[token in data.TOY_COLOURS].append(weight)
+    figures |= {"W, colour": np.mean(weights[True]), "W, rest": np.mean(weights[False]),
+                "true frame crucial": np.mean(found)}
     return {name: float(value) for name, value in figures.items()}
 
 
