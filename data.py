@@ -42,7 +42,7 @@ Span = tuple[float, float]  # (start, end) in seconds
 
 
 class DataError(ValueError):
-    """An annotation that cannot be used: one line with file, record, field and fix."""
+    """Data that cannot be used: one line; for an annotation with file, record, field and fix."""
 
 
 class VideoError(RuntimeError):
@@ -100,7 +100,8 @@ class Record:
             raise DataError(f"{self.file}, record {self.number}, field {name!r}: {fix}")
 
     def text(self, name: str, default: str | None = None) -> str:
-        text = clean(self.fields.get(name)) or default
+        value = self.fields.get(name)
+        text = clean(str(value) if type(value) is int else value) or default
         self.check(text is not None, name, "missing or no text; write a non-empty string of valid "
                    "Unicode")
         return text
@@ -353,7 +354,8 @@ def read_records(path: Path, name: str) -> Iterator[Record]:
     except (ValueError, KeyError, TypeError, RecursionError, csv.Error) as error:
         cause = " ".join(str(error).split())[:200]
         raise DataError(f"{path}, read up to record {number}: no list of records in UTF-8 JSON or "
-                        f"CSV ({cause}); is the file complete?") from None
+                        f"CSV ({cause}); is the file complete? One list is .json, "
+                        "one record per line .jsonl") from None
 
 
 def names_in(folder: str) -> set[str]:
@@ -381,23 +383,24 @@ class FileFinder:
     def path_of_name(self) -> dict[str, str | None]:
         """Of the whole tree, walked once, if something is not found without."""
         paths = {}
-        for folder, _, names in os.walk(self.root):
-            for name in names:  # of two of one name neither: it may be another video
+        for folder, _, _ in os.walk(self.root, followlinks=True):
+            for name in self.names_in(folder + "/"):
+                # Of two of one name neither: it may be another video.
                 paths[name] = None if name in paths else os.path.join(folder, name)
         return paths
 
-    def find(self, path: str, annotation: Path) -> str | None:
+    def find(self, path: str, annotation: Path, by_name: bool) -> str | None:
         """Below the root as written, then by ever shorter tails, then by name. Without a root: from
         the annotation's folder, as written."""
         if self.root is None:
             place = os.path.join(annotation.parent, path).rstrip("/")
             return place if self.exists(place) else None
         names = [name for name in path.split("/") if name not in ("", ".")]
-        for start in range(len(names)):
+        for start in range(len(names) if by_name else len(names) - 1):
             place = os.path.join(self.root, *names[start:])
             if self.exists(place):
                 return place
-        place = self.path_of_name.get(os.path.basename(path))
+        place = self.path_of_name.get(os.path.basename(path)) if by_name else None
         if place is not None:
             self.found_by_name[path] = place
         return place
@@ -409,8 +412,11 @@ class FileFinder:
             if path is None:
                 continue
             inside = self.root is None or ".." not in path.split("/")
-            record.check(inside, medium, f"{path[:200]!r} leaves the video folder; drop the '..'")
-            found = self.find(path, record.path)
+            if not inside:
+                raise DataError(f"{record.file}, record {record.number}: {path[:200]!r} leaves the "
+                                "video folder; drop the '..'")
+            # Two tasks of MVBench may hold different videos of one name.
+            found = self.find(path, record.path, by_name="candidates" not in record.fields)
             setattr(sample, medium, found)
             if found is None:
                 sample.missing.append(path)
@@ -512,6 +518,9 @@ def read_picture(path: str) -> Tensor:
     """uint8 (3, H, W). Raises what Pillow raises."""
     from PIL import Image  # for pictures only
     with Image.open(path) as image:
+        if image.has_transparency_data:  # on white, as Qwen's own utility
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
@@ -730,7 +739,8 @@ class Decoder:
             if self.connection.poll(300):  # it imports torch, perhaps from a slow network disk
                 self.connection.recv()
                 return
-        raise RuntimeError(f"a decoding process did not start (exit status {self.end()})")
+        raise DataError(f"a decoding process did not start (exit status {self.end()}); see its "
+                        "message above, or lower --readers")
 
     def read(self, sample: Sample, settings: dict, timeout: float) -> Visual:
         reply, late = None, False
@@ -773,7 +783,7 @@ class VideoReader:
 
     def submit(self, sample: Sample) -> Future:
         """Future of Visual, or of VideoError: cannot be read, time-out, crash of the decoder. A
-        RuntimeError that is no VideoError means that no decoding process can be started at all."""
+        DataError means that no decoding process can be started at all."""
         return self._threads.submit(self._read, sample)
 
     def _read(self, sample: Sample) -> Visual:
@@ -849,7 +859,7 @@ def build_prompt(sample: Sample, visual: Visual, tokenizer) -> Prompt:
     """Tokenises the chat and widens each visual token to the tokens of its grid.
 
     A grid (t, h, w) takes t * h * w / 4 tokens: (2, 4, 4) becomes 8, with frame_of_token
-    0 0 0 0 1 1 1 1. Raises ValueError if the tokenizer's chat template does not place the video and
+    0 0 0 0 1 1 1 1. Raises DataError if the tokenizer's chat template does not place the video and
     the picture.
     """
     video = tokenizer.convert_tokens_to_ids("<|video_pad|>")
@@ -857,7 +867,7 @@ def build_prompt(sample: Sample, visual: Visual, tokenizer) -> Prompt:
     expected = [video] * len(visual.video_grids) + [image] * len(visual.image_grids)
     tokens = chat_tokens(sample, visual, tokenizer)
     if [token for token in tokens if token in (video, image)] != expected:
-        raise ValueError("the chat template does not place each video and picture once; is it "
+        raise DataError("the chat template does not place each video and picture once; is it "
                          "Qwen2.5-VL's?")
     grids = iter(visual.video_grids + visual.image_grids)
     input_ids = []

@@ -26,6 +26,7 @@ import re
 import shutil
 import textwrap
 import time
+import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
@@ -159,11 +160,9 @@ def mean_over_tasks(table: dict[str, dict]) -> dict:
 
     Example: means 0.2, 0.4, 0.9 of the three levels, 0.7 of another task -> (0.5 + 0.7) / 2 = 0.6.
     """
-    rows = []
-    for group, row in table.items():
-        task = re.sub("^(object_rel_direction)_.*", r"\1", group)
-        rows.append(row | {"group": task})
-    return means(list(means_by_group(rows).values()))
+    tasks = [row | {"group": re.sub("^(object_rel_direction)_.*", r"\1", group)}
+             for group, row in table.items()]
+    return means(list(means_by_group(tasks).values()))
 
 
 def print_table(rows: list[list]) -> None:
@@ -182,17 +181,23 @@ def read_records(path: Path) -> list[dict]:
 
 
 def open_scores(output: Path, settings: dict) -> list[dict]:
-    """Prepare score's folder; returns the records that a stopped run has written there."""
+    """Prepare score's folder; returns the records that a stopped run has written there. Samples
+    that it could not read are tried again."""
     output.mkdir(parents=True, exist_ok=True)
     summary, responses = output / "summary.json", output / "responses.jsonl"
-    earlier = json.loads(summary.read_text())["settings"] if summary.exists() else settings
+    earlier, records = settings, []
+    with explained(f"{output}: cannot be continued; give another --output"):
+        if summary.exists():
+            earlier = json.loads(summary.read_text())["settings"]
+        if responses.exists():
+            records = [record for record in read_records(responses) if "skipped" not in record]
     for name in settings:
         if earlier.get(name) != settings[name]:
-            raise RunError(f"{output}: holds responses with another {name}; give another --output")
-    summary.write_text(json.dumps({"settings": settings}, indent=1))
-    responses.touch()
-    os.truncate(responses, responses.read_bytes().rfind(b"\n") + 1)    # drop half a line
-    return read_records(responses)
+            raise RunError(f"{output}: holds responses with other {name}; give another --output")
+    data.write_whole(summary, json.dumps({"settings": settings}, indent=1).encode())
+    lines = [json.dumps(record) + "\n" for record in records]
+    data.write_whole(responses, "".join(lines).encode())
+    return records
 
 
 def score(options) -> None:
@@ -204,7 +209,9 @@ def score(options) -> None:
     """
     s, samples = read_task(options.rest, options.benchmark)
     model, tokenizer = load_model(s.model)
-    settings = {"benchmark": options.benchmark, "decoding": DECODING}
+    questions = json.dumps([(x.id, x.question, x.options, x.answer) for x in samples])
+    settings = {"benchmark": options.benchmark, "decoding": DECODING,
+                "questions": zlib.crc32(questions.encode())}
     settings |= {name: getattr(s, name) for name in FIXED}
     output = Path(options.output)
     records = open_scores(output, settings)
@@ -243,7 +250,7 @@ def report_scores(output: Path, settings: dict, records: list[dict], over_tasks:
                "overall": "mean over tasks" if over_tasks else "mean over questions",
                "prompt": scored[0]["prompt"], "torch": torch.__version__,
                "seconds": sum(record["seconds"] for record in scored)}
-    (output / "summary.json").write_text(json.dumps(summary, indent=1))
+    data.write_whole(output / "summary.json", json.dumps(summary, indent=1).encode())
     names = ["n", *(name for name in COLUMNS if name in overall)]
     rows = [["group", *(COLUMNS.get(name, name) for name in names)]]
     for group, row in table.items():
@@ -258,10 +265,8 @@ def report_scores(output: Path, settings: dict, records: list[dict], over_tasks:
 def bootstrap_interval(differences: np.ndarray) -> tuple[float, float]:
     """95% interval of the mean of paired differences (n,): percentiles of resampled means."""
     rng, n = np.random.default_rng(0), len(differences)
-    blocks = []
-    for _ in range(100):                                # in blocks, for speed and little memory
-        blocks.append(differences[rng.integers(n, size=(100, n))].mean(1))
-    low, high = np.percentile(np.concatenate(blocks), [2.5, 97.5])
+    resampled = [differences[rng.integers(n, size=n)].mean() for _ in range(10_000)]
+    low, high = np.percentile(resampled, [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -270,7 +275,8 @@ def read_accuracy(folder: str) -> dict[tuple, float]:
     path = Path(folder) / "responses.jsonl"
     if not path.is_file():
         raise RunError(f"{path}: no such file; give a folder written by `evaluate.py score`")
-    scored = [record for record in read_records(path) if "accuracy" in record]
+    with explained(f"{path}: damaged; score again"):
+        scored = [record for record in read_records(path) if "accuracy" in record]
     return {(record["id"], record["question"]): record["accuracy"] for record in scored}
 
 
@@ -291,7 +297,6 @@ def compare(options) -> None:
 # ----------------------------------------------------------------------------------- attention maps
 
 def save_figure(figure, output: str) -> None:
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=120)
     print(f"drawn: {output}")
 
@@ -337,7 +342,8 @@ def draw_attention(panels: list[tuple], output: str) -> None:
     prompt = panels[0][-1].prompt
     F, R = prompt.num_frames, max(len(words) for _, words, *_ in panels)
     # the first of the two sampled frames that the vision tower merges stands for both
-    frames = data.patches_to_frames(prompt.patches, prompt.video_grids[0])[::2]    # (F, 3, h, w)
+    patches = prompt.patches[:math.prod(prompt.video_grids[0])]             # without a picture's
+    frames = data.patches_to_frames(patches, prompt.video_grids[0])[::2]           # (F, 3, h, w)
     strip = frames.permute(2, 0, 3, 1).flatten(1, 2).numpy()                       # (h, F * w, 3)
     width = max(4.5, 0.55 * F)                                                     # inches
     heights = [width * strip.shape[0] / strip.shape[1], 0.17 * R + 0.4]
@@ -378,13 +384,13 @@ def read_run(folder: Path) -> tuple[dict, dict]:
 def label_runs(runs: list[dict]) -> list[str]:
     """A label for each run, from its settings; seeds of the same run share a label.
 
-    They are runs whose settings are equal, but for FREE and the folders in which files lie. The
-    label has the algorithm, and what differs among the runs and is not the algorithm's default.
+    They are runs whose settings are equal, but for FREE and all but the last two parts of paths.
+    The label has the algorithm, and what differs among the runs and is not the algorithm's default.
     Example: appo, appo with k2 = 5 and dapo -> "appo", "appo, k2 5", "dapo".
     """
     labels = [run["algorithm"] for run in runs]
     for name in sorted(set().union(*runs) - FREE - {"algorithm"}):
-        values = [Path(str(run.get(name))).name for run in runs]
+        values = ["/".join(Path(str(run.get(name))).parts[-2:]) for run in runs]
         if len(set(values)) == 1:
             continue
         for i, run in enumerate(runs):
@@ -541,7 +547,8 @@ def decouple(options) -> None:
             descriptions = describe(samples, s)
             row = [perception, f"{len(descriptions)} of {len(samples)}"]
             for reasoning in reasoners:
-                pipeline, accuracies = load_text_model(reasoning), []
+                pipeline, accuracies = None, []         # one model in memory at a time
+                pipeline = load_text_model(reasoning)
                 for n, description in tqdm(descriptions.items(), desc="answer"):
                     response = answer_from_text(pipeline, samples[n], description,
                                                 s.max_new_tokens)
@@ -1159,6 +1166,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise RunError("runs in one process; start it by python, not by torchrun")
         if options.rest and options.function in (compare, curves, throughput):
             raise RunError(f"unrecognized arguments: {' '.join(options.rest)}")
+        if getattr(options, "output", None):        # not only after hours of work
+            Path(options.output).parent.mkdir(parents=True, exist_ok=True)
         options.function(options)
     except (RunError, data.DataError, data.VideoError, OSError) as error:
         parser.error(str(error))

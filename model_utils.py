@@ -110,6 +110,9 @@ def load_model(name: str, device: torch.device):
         if config.model_type != "qwen2_5_vl":
             raise RunError(f"{name}: it is of type {config.model_type}; give a Qwen2.5-VL model")
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        if not tokenizer.chat_template:
+            raise RunError(f"{name}: its tokenizer has no chat template; copy chat_template.jinja "
+                           "from Qwen2.5-VL")
         source_files(name, local_files_only=False)  # fetched now, since checkpoints copy them
         model, report = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
             name, dtype=compute_type(device), output_loading_info=True)

@@ -1177,12 +1177,15 @@ def test_paths_are_looked_up_as_written_then_by_tail_then_by_name(tmp_path, capl
     touch(tmp_path, "outside.avi")
     (root / "broken.avi").symlink_to(root / "gone.avi")
     (root / "link.avi").symlink_to(root / "v.avi")
+    touch(tmp_path, "elsewhere/linked.avi")
+    (root / "folder").symlink_to(tmp_path / "elsewhere")
     places = dict(rows("""
         /d/set/v.avi -> "d/set/v.avi"
         /x/set/v.avi -> "set/v.avi"
         ./v.avi -> "v.avi"
         /x/y/v.avi -> "v.avi"
         /gone/only.avi -> "deep/er/only.avi"
+        linked.avi -> "folder/linked.avi"
         /gone/twin.avi -> null
         /gone/outside.avi -> null
         link.avi -> "link.avi\""""))
@@ -1190,8 +1193,14 @@ def test_paths_are_looked_up_as_written_then_by_tail_then_by_name(tmp_path, capl
     for sample, (path, place) in zip(samples, places.items(), strict=True):
         assert sample.video == (place and str(root / place))
         assert sample.missing == ([] if place else [path])
-    assert re.search("1 files were found by their name only.*only.avi' for '/gone/only.avi'",
+    assert re.search("2 files were found by their name only.*only.avi' for '/gone/only.avi'",
                      caplog.text)
+    touch(root, "clevrer/video_validation/w.mp4")
+    tasks = [tmp_path / "moving_count.json", tmp_path / "object_shuffle.json"]
+    for task in tasks:          # which may have different videos of one name
+        task.write_text(json.dumps([RECORDS["MVBENCH"] | {"video": "w.mp4"}]))
+    found = [data.load_samples(task, str(root))[0].missing == [] for task in tasks]
+    assert found == [True, False]
     paths = [str(tmp_path / "outside.avi"), "root/v.avi", "v.avi", "root/broken.avi"]
     samples = load(tmp_path, *[R1 | {"path": path} for path in paths])
     assert [s.video for s in samples] == [paths[0], str(root / "v.avi"), None, None]
@@ -1299,6 +1308,8 @@ def test_folder_of_pictures(tmp_path):
     frames, seconds, duration = data.sample_frames(str(tmp_path), 1, 16)
     assert frames.shape == (4, 3, 10, 20) and (seconds, duration) == (2.0, 4.0)
     assert (frames[:, 0, 0, 0] // 20).tolist() == [0, 4, 7, 11]
+    Image.new("RGBA", (2, 2), (0, 0, 0, 0)).save(tmp_path / "0.png")        # transparent black
+    assert (data.read_picture(str(tmp_path / "0.png")) == 255).all()
 
 
 @needs_shared
@@ -2161,7 +2172,11 @@ def test_score_continues_where_it_stopped(toy, tmp_path, capsys):
     measure(capsys, *command)
     for record, again in zip(whole, json_lines(responses), strict=True):
         assert record | {"seconds": 0} == again | {"seconds": 0}
-    assert "another max_frames" in refusal(capsys, *command, "--max_frames", 8)
+    assert "other max_frames" in refusal(capsys, *command, "--max_frames", 8)
+    shutil.copy(records[0]["path"], tmp_path / "broken.avi")        # is tried again
+    assert "skipped 0 of 6" in measure(capsys, *command)
+    annotation.write_text(json.dumps(records[:5]))
+    assert "other questions" in refusal(capsys, *command)
     b.mkdir()
     reversed_lines = [json.dumps(record | {"accuracy": 0.5}) + "\n" for record in scored[::-1]]
     (b / "responses.jsonl").write_text("".join(reversed_lines))
