@@ -384,13 +384,14 @@ def read_run(folder: Path) -> tuple[dict, dict]:
 def label_runs(runs: list[dict]) -> list[str]:
     """A label for each run, from its settings; seeds of the same run share a label.
 
-    They are runs whose settings are equal, but for FREE and all but the last two parts of paths.
-    The label has the algorithm, and what differs among the runs and is not the algorithm's default.
+    They are runs whose settings are equal, but for FREE and the folders in which files lie. The
+    label has the algorithm, and what differs among the runs and is not the algorithm's default.
     Example: appo, appo with k2 = 5 and dapo -> "appo", "appo, k2 5", "dapo".
     """
     labels = [run["algorithm"] for run in runs]
     for name in sorted(set().union(*runs) - FREE - {"algorithm"}):
-        values = ["/".join(Path(str(run.get(name))).parts[-2:]) for run in runs]
+        # the name of a checkpoint is that of its run
+        values = [Path(str(run.get(name)).removesuffix("/checkpoint")).name for run in runs]
         if len(set(values)) == 1:
             continue
         for i, run in enumerate(runs):
