@@ -679,14 +679,14 @@ def run_figures(s: appo.Settings) -> dict[str, float]:
         figures[f"{name}, before"] = logs["held_out"][0].get(name, np.nan)
         figures[f"{name}, after"] = logs["held_out"][-1].get(name, np.nan)
     true_frames = {sample.id: sample.crucial_frame for sample in data.load_samples(s.data)}
-    weights, found = {True: [1.0], False: [1.0]}, []
+    weights, found = {True: [], False: []}, []
     for group in logs["samples"]:
         found.append(true_frames[group["id"]] in group["crucial_frames"])
         for response in group["responses"]:
             for token, weight in zip(response["tokens"], response["weights"] or []):
                 weights[token in data.TOY_COLOURS].append(weight)
-    figures |= {"W, colour": np.mean(weights[True]), "W, rest": np.mean(weights[False]),
-                "true frame crucial": np.mean(found)}
+    figures |= {"W, colour": np.mean(weights[True] or [1.0]),
+                "W, rest": np.mean(weights[False] or [1.0]), "true frame crucial": np.mean(found)}
     return {name: float(value) for name, value in figures.items()}
 
 
@@ -718,14 +718,14 @@ def study_table(figures: dict[str, dict]) -> list[list[str]]:
     return rows
 
 
-def draw_study(accuracy: dict[str, list[np.ndarray]], output: str) -> None:
-    """{arm: [accuracy (steps,) of each run]}: means over the runs, and their standard errors."""
+def draw_study(runs: dict[str, list[Path]], output: str) -> None:
+    """Accuracy over training of FIGURE_ARMS: means over the runs, and their standard errors."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
-    for arm, runs in accuracy.items():
-        lines = np.stack([smooth(run, 10) for run in runs])                        # (runs, steps)
-        mean, error = lines.mean(0), lines.std(0) / len(lines) ** 0.5
+    for arm, folders in runs.items():
+        lines = np.stack([smooth(read_run(folder)[1]["accuracy"], 10) for folder in folders])
+        mean, error = lines.mean(0), lines.std(0) / len(lines) ** 0.5                 # (steps,)
         steps = np.arange(1, len(mean) + 1)
         axes.plot(steps, mean, label=f"{arm} ({len(lines)} runs)")
         axes.fill_between(steps, mean - error, mean + error, alpha=0.2)
@@ -743,45 +743,43 @@ def study(options) -> None:
     """
     folder, arms = Path(options.output), options.arms.split(",")
     seeds = range(options.first_seed, options.first_seed + options.seeds)
-    numbers = range(options.rollout_seeds)
-    jobs = [(arm, seed, number, folder, options.rest)
-            for seed in seeds for number in numbers for arm in arms]
+    runs = list(itertools.product(seeds, range(options.rollout_seeds)))
+    jobs = [(arm, *run, folder, options.rest) for run in runs for arm in arms]
     settings = {job[:3]: arm_settings(*job)[0] for job in jobs}
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "study.json"
     if config.exists() and json.loads(config.read_text())["options"] != options.rest:
         raise RunError(f"{folder}: holds a study with other options; give another --output")
-    config.write_text(json.dumps({"options": options.rest}))
-    if any(s.data == f"{folder}/train.json" for s in settings.values()):
+    if not config.exists():
+        config.write_text(json.dumps({"options": options.rest}))
+    if settings[jobs[0][:3]].data == f"{folder}/train.json":
         data.make_toy_data(folder)
     with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
-        # an arm of each seed has the model of the seed made
         list(pool.map(appo.prepare_built_in, [settings[arms[0], seed, 0] for seed in seeds]))
         if options.snr:
-            figures = [pool.submit(snr_figures, arms, seed, folder, options) for seed in seeds]
-            return print_snr(arms, [future.result() for future in figures])
+            futures = [pool.submit(snr_figures, arms, seed, folder, options) for seed in seeds]
+            return print_snr(arms, [future.result() for future in futures])
         futures = [pool.submit(train_arm, *job) for job in jobs]
         try:
             for future in tqdm(as_completed(futures), "runs", len(futures)):
                 future.result()
         finally:
             pool.shutdown(cancel_futures=True)              # after an error start no further arm
-    figures, accuracy = {}, {}
+    figures, drawn = {}, {}
     for arm in arms:
-        runs = [settings[arm, seed, number] for seed in seeds for number in numbers]
-        columns = [run_figures(s) for s in runs]
-        figures[arm] = {}
-        for name in columns[0]:
-            values = [column[name] for column in columns]
-            figures[arm][name] = np.reshape(values, (len(seeds), len(numbers)))
+        of_arm = [settings[arm, *run] for run in runs]
+        columns = [run_figures(s) for s in of_arm]
+        figures[arm] = {name: np.reshape([column[name] for column in columns], (len(seeds), -1))
+                        for name in columns[0]}
         if arm in FIGURE_ARMS:
-            accuracy[arm] = [read_run(Path(s.output))[1]["accuracy"] for s in runs]
-    print(f"{len(seeds)} seeds from {seeds[0]}, {len(numbers)} runs of each; mean (95% interval, "
-          "bootstrap over seeds and runs); accuracy is that of sampled responses")
+            drawn[arm] = [Path(s.output) for s in of_arm]
+    print(f"{len(seeds)} seeds from {seeds[0]}, {options.rollout_seeds} runs of each; mean (95% "
+          "interval, bootstrap over seeds and runs); accuracy is that of sampled responses")
     print_table(study_table(figures))
     results = {arm: {name: x.tolist() for name, x in figures[arm].items()} for arm in arms}
     config.write_text(json.dumps({"options": options.rest, "seeds": list(seeds), "arms": results}))
-    draw_study(accuracy, f"{folder}/study.png")
+    if drawn:
+        draw_study(drawn, f"{folder}/study.png")
     print(f"every figure: {config}")
 
 

@@ -2101,7 +2101,7 @@ def test_study_and_curves_commands(toy, tmp_path, capsys):
             assert figures[arm][name][0][number] == pytest.approx(value), (arm, number, name)
         assert arm in text
     for name, value in (("W, colour", 2.7), ("W, rest", 1.0)):
-        assert figures["appo:k1=2:oracle"][name][0] == pytest.approx([value] * 2, rel=1e-2)
+        assert figures["appo:k1=2:oracle"][name][0] == pytest.approx([value] * 2)
         assert figures["dapo"][name] == [[1, 1]]
     assert figures["dapo"]["true frame crucial"] == [[0, 0]]               # it has no frames
     home = homes["appo:k1=2:oracle", 1]
