@@ -2324,7 +2324,7 @@ def test_plain_way_gives_our_numbers(toy):
     gradients = [p.grad for p in plain.model.language_model.parameters()]
     largest = max(gradient.abs().max() for gradient in gradients)
     for p, old, gradient in zip(run.policy.parameters(), before, gradients, strict=True):
-        torch.testing.assert_close(old - p.full_tensor(), gradient, rtol=0, atol=1e-5 * largest)
+        torch.testing.assert_close(old - p.full_tensor(), gradient, rtol=0, atol=3e-5 * largest)
 
 
 def test_throughput_command(toy, tmp_path, capsys):
