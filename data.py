@@ -1150,8 +1150,8 @@ def toy_sample(shape: str, colour: str, frame: int | None = None) -> Sample:
 
 def toy_response(shape: str, colour: str, rng: np.random.Generator, filler: bool = True,
                  correct: float = 1.0) -> str:
-    """Filler words, then the shape and directly before the answer its colour. With probability
-    1 - correct it names another colour, and answers accordingly."""
+    """Filler words, then the shape and directly after it its colour. With probability 1 - correct
+    it names another colour, and answers accordingly."""
     if rng.random() >= correct:
         colour = [other for other in TOY_COLOURS if other != colour][rng.integers(3)]
     words = [alternatives[rng.integers(4)] for alternatives in TOY_FILLER] if filler else []

@@ -2277,7 +2277,7 @@ def test_plain_way_gives_our_numbers(toy):
     model, tokenizer = evaluate.load_model(str(toy / "model"))
     plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(toy / "model")
     outcomes = itertools.cycle([(1.0, 1.0, 1.0), (0.0, 0.0, 0.0)])
-    s = appo.Settings.of("appo", k1=4, k2=2, k3=6, group_size=4, max_new_tokens=18, seed=1,
+    s = appo.Settings.of("appo", k1=4, k2=2, k3=6, group_size=4, max_new_tokens=36, seed=1,
                          prompts_per_step=2, max_grad_norm=1e9, gradient_checkpointing=False)
     run = appo.set_up(s, model, tokenizer, reward=lambda response, sample: next(outcomes))
     run.optimizer = torch.optim.SGD(run.policy.parameters(), lr=1.0)       # step = -gradient
@@ -2293,7 +2293,7 @@ def test_plain_way_gives_our_numbers(toy):
     gradients = [p.grad for p in plain.model.language_model.parameters()]
     largest = max(gradient.abs().max() for gradient in gradients)
     for p, old, gradient in zip(run.policy.parameters(), before, gradients, strict=True):
-        assert_close((old - p.full_tensor()).detach(), gradient, rtol=0, atol=1e-5 * largest)
+        assert_close((old - p.full_tensor()).detach(), gradient, rtol=0, atol=3e-5 * largest)
 
 
 def test_readme_snippet_gives_our_weights(toy):
@@ -2310,7 +2310,7 @@ def test_readme_snippet_gives_our_weights(toy):
     excluded = model_utils.excluded_token_ids(model)
     torch.manual_seed(0)
     output = generate(
-        plain, prompt, encoded, group_size=8, max_new_tokens=18, do_sample=True, top_k=0,
+        plain, prompt, encoded, group_size=8, max_new_tokens=36, do_sample=True, top_k=0,
         eos_token_id=tokenizer.eos_token_id, suppress_tokens=excluded.tolist(),
         output_attentions=True, output_logits=True)
     ids = output.sequences[:, len(prompt.input_ids):]                           # (G, R)
