@@ -2450,9 +2450,11 @@ def test_weights_in_host_memory_change_nothing(whole, tmp_path):
     shutil.copytree(whole.output, folder)
     shutil.rmtree(folder / "step-000004")
     s = replace(whole, output=str(folder), resume=True)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)       # nohup has it ignored
     with pytest.raises(model_utils.RunError, match="after step 3"):
         appo.train(replace(s, cpu_offload=True),
                    reward=partial(stop_signal, number=signal.SIGHUP))
+    signal.signal(signal.SIGHUP, before)
     assert len(log_of(s)) == 3
     appo.train(s)
     assert log_of(s) == log_of(whole)       # the loss and the norm of the gradient, too
