@@ -914,11 +914,9 @@ def score_held_out(run: Run, samples: list[data.Sample], reader: data.VideoReade
     """A record of means over the held-out samples of all processes; none without samples. Each call
     uses the same random numbers."""
     s, scores = run.settings, []
-    numbered = list(enumerate(samples))[run.rank::run.world]
-    batches = [dict(numbered[start:start + s.rollout_groups])
-               for start in range(0, len(numbered), s.rollout_groups)]
-    for batch in data.read_ahead(reader, batches):
-        prompts, _ = data.build_prompts(batch, run.tokenizer, s.max_prompt_tokens)
+    share = dict(list(enumerate(samples))[run.rank::run.world])
+    for prompts, _ in data.read_prompts(reader, share, s.rollout_groups, run.tokenizer,
+                                        s.max_prompt_tokens):
         scores += score_prompts(run, prompts)
     scores = sum(model_utils.all_gather(scores), [])
     if not samples:

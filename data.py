@@ -67,6 +67,7 @@ class Sample:
     group: str = ""  # for tables by task
     crucial_frame: int | None = None  # built-in task: the visual frame that shows the answer
     bounds: Span | None = None  # the stretch of the video that is asked about
+    by_name: bool = True  # whether a file that is not at its path may be looked up by its name
     overall: str = "questions"  # what a benchmark's overall mean is over: "questions" or "tasks"
 
 
@@ -278,7 +279,7 @@ def read_mvbench(record: Record) -> Sample:
     bounds = record.seconds("start"), record.seconds("end")
     return Sample(record.id, MVBENCH_PROMPT + record.text("question"), options, answer, "choice",
                   video="/".join(["video", *folders, record.text("video")]), group=task,
-                  bounds=None if None in bounds else bounds)
+                  by_name=False, bounds=None if None in bounds else bounds)
 
 
 def read_vsi_bench(record: Record) -> Sample:
@@ -411,12 +412,10 @@ class FileFinder:
             path = getattr(sample, medium)
             if path is None:
                 continue
-            inside = self.root is None or ".." not in path.split("/")
-            if not inside:
+            if self.root is not None and ".." in path.split("/"):
                 raise DataError(f"{record.file}, record {record.number}: {path[:200]!r} leaves the "
                                 "video folder; drop the '..'")
-            # Two tasks of MVBench may hold different videos of one name.
-            found = self.find(path, record.path, by_name="candidates" not in record.fields)
+            found = self.find(path, record.path, sample.by_name)
             setattr(sample, medium, found)
             if found is None:
                 sample.missing.append(path)
@@ -703,7 +702,7 @@ def serve_decoder() -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends this process
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the codecs' chatter
     torch.set_num_threads(1)
-    import resource  # not everywhere
+    import resource  # on Unix only, so not at the top
     with suppress(ValueError, OSError):  # there is a stricter limit
         hard_limit = resource.getrlimit(resource.RLIMIT_DATA)[1]
         # 4 GiB: a 16K frame fits, a decompression bomb does not.
@@ -884,6 +883,15 @@ def build_prompt(sample: Sample, visual: Visual, tokenizer) -> Prompt:
         sample = replace(sample, crucial_frame=None)  # it counts visual frames of 2 s
     return Prompt(**vars(visual), sample=sample, input_ids=torch.tensor(input_ids),
                   frame_of_token=torch.tensor(frame_of_token), num_frames=num_frames)
+
+
+def read_prompts(reader: VideoReader, samples: dict[int, Sample], size: int, tokenizer,
+                 max_tokens: int) -> Iterator[tuple[dict[int, Prompt], list[dict]]]:
+    """What `build_prompts` returns for the samples, `size` at a time, decoded ahead."""
+    numbered = list(samples.items())
+    batches = [dict(numbered[start:start + size]) for start in range(0, len(numbered), size)]
+    for batch in read_ahead(reader, batches):
+        yield build_prompts(batch, tokenizer, max_tokens)
 
 
 def read_ahead(reader: VideoReader, batches: Iterable[dict[int, Sample]]

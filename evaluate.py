@@ -15,7 +15,6 @@ their default is the built-in task. Tables and figures are the paper's supplemen
 that of responses sampled at --temperature, as in training, everywhere else.
 """
 import argparse
-import contextlib
 import functools
 import io
 import itertools
@@ -29,7 +28,7 @@ import time
 import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -52,7 +51,7 @@ from model_utils import RunError, printable
 DECODING = dict(temperature=0.1, top_p=0.001, top_k=1, repetition_penalty=1.05)
 
 
-@contextlib.contextmanager
+@contextmanager
 def explained(message: str):
     """A folder that cannot be used is an error of one line."""
     try:
@@ -79,12 +78,10 @@ def read_task(arguments: list[str], benchmark: str | None = None):
 
 def read_prompts(samples: list[data.Sample], tokenizer, s: appo.Settings):
     """Yields (prompts by number of the sample, records of skipped ones), `rollout_groups` each."""
-    numbered = list(enumerate(samples))
-    starts = range(0, len(samples), s.rollout_groups)
-    batches = [dict(numbered[start:start + s.rollout_groups]) for start in starts]
+    batches = math.ceil(len(samples) / s.rollout_groups)
     with appo.open_reader(s) as reader:
-        for batch in tqdm(data.read_ahead(reader, batches), total=len(batches)):
-            yield data.build_prompts(batch, tokenizer, s.max_prompt_tokens)
+        yield from tqdm(data.read_prompts(reader, dict(enumerate(samples)), s.rollout_groups,
+                                          tokenizer, s.max_prompt_tokens), total=batches)
 
 
 def evaluation_decoding(prompts: list, vocabulary: int,
@@ -175,22 +172,16 @@ def print_table(rows: list[list]) -> None:
         print(*map(str.ljust, row, widths), sep="  ")
 
 
-def read_records(path: Path) -> list[dict]:
-    """The records of a .jsonl file; half a last line, of a run that was killed, does not count."""
-    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
-
-
 def open_scores(output: Path, settings: dict) -> list[dict]:
     """Prepare score's folder; returns the records that a stopped run has written there. Samples
     that it could not read are tried again."""
     output.mkdir(parents=True, exist_ok=True)
     summary, responses = output / "summary.json", output / "responses.jsonl"
-    earlier, records = settings, []
+    earlier = settings
     with explained(f"{output}: cannot be continued; give another --output"):
         if summary.exists():
             earlier = json.loads(summary.read_text())["settings"]
-        if responses.exists():
-            records = [record for record in read_records(responses) if "skipped" not in record]
+        records = [record for record in model_utils.read_log(responses) if "skipped" not in record]
     for name in settings:
         if earlier.get(name) != settings[name]:
             raise RunError(f"{output}: holds responses with other {name}; give another --output")
@@ -276,7 +267,7 @@ def read_accuracy(folder: str) -> dict[tuple, float]:
     if not path.is_file():
         raise RunError(f"{path}: no such file; give a folder written by `evaluate.py score`")
     with explained(f"{path}: damaged; score again"):
-        scored = [record for record in read_records(path) if "accuracy" in record]
+        scored = [record for record in model_utils.read_log(path) if "accuracy" in record]
     return {(record["id"], record["question"]): record["accuracy"] for record in scored}
 
 
@@ -374,7 +365,7 @@ def read_run(folder: Path) -> tuple[dict, dict]:
     """(settings, {metric: (steps,)}) of a run folder; nan at steps without the metric."""
     with explained(f"{folder}: no run of appo.py; give run folders"):
         settings = json.loads((folder / "config.json").read_text())["settings"]
-        records = read_records(folder / "metrics.jsonl")
+        records = model_utils.read_log(folder / "metrics.jsonl")
     metrics = {}
     for name in CURVES:
         metrics[name] = np.array([record.get(name, np.nan) for record in records])
@@ -423,6 +414,14 @@ def curves(options) -> None:
     draw_curves(seeds, options.smooth, options.output)
 
 
+def draw_band(axes, label: str, lines: np.ndarray, spread: np.ndarray) -> None:
+    """The mean of lines (runs, steps), and a band of mean - spread to mean + spread, (steps,)."""
+    mean, steps = lines.mean(0), range(1, lines.shape[1] + 1)
+    axes.plot(steps, mean, label=label)
+    axes.fill_between(steps, mean - spread, mean + spread, alpha=0.2)
+    axes.grid(alpha=0.3)
+
+
 def draw_curves(runs: dict[str, list[dict]], window: int, output: str) -> None:
     """runs: {label: [{metric: (steps,)} of each seed]}"""
     from matplotlib.figure import Figure
@@ -430,12 +429,9 @@ def draw_curves(runs: dict[str, list[dict]], window: int, output: str) -> None:
     for axes, name in zip(figure.subplots(1, len(CURVES)), CURVES):
         for label, seeds in runs.items():
             steps = min(len(metrics[name]) for metrics in seeds)
-            lines = [smooth(metrics[name][:steps], window) for metrics in seeds]
-            mean, deviation, x = np.mean(lines, 0), np.std(lines, 0), range(1, steps + 1)
-            axes.plot(x, mean, label=f"{label} (runs: {len(seeds)})")
-            axes.fill_between(x, mean - deviation, mean + deviation, alpha=0.2)
+            lines = np.stack([smooth(metrics[name][:steps], window) for metrics in seeds])
+            draw_band(axes, f"{label} (runs: {len(seeds)})", lines, lines.std(0))
         axes.set(title=CURVES[name], xlabel="step")
-        axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     save_figure(figure, output)
 
@@ -520,6 +516,15 @@ def answer_from_text(pipeline, sample: data.Sample, description: str, max_new_to
     return output[0]["generated_text"]
 
 
+def answer(reasoning: str, samples: list[data.Sample], descriptions: dict[int, str],
+           max_new_tokens: int):
+    """Yields (number of the sample, a text model's answer). The model goes when all are given, so
+    that only one is in memory at a time."""
+    pipeline = load_text_model(reasoning)
+    for n, description in tqdm(descriptions.items(), desc="answer"):
+        yield n, answer_from_text(pipeline, samples[n], description, max_new_tokens)
+
+
 def describe(samples: list[data.Sample], s: appo.Settings) -> dict[int, str]:
     """Descriptions of the videos that can be read, by number of the sample."""
     model, tokenizer = load_model(s.model)
@@ -548,15 +553,12 @@ def decouple(options) -> None:
             descriptions = describe(samples, s)
             row = [perception, f"{len(descriptions)} of {len(samples)}"]
             for reasoning in reasoners:
-                pipeline, accuracies = None, []         # one model in memory at a time
-                pipeline = load_text_model(reasoning)
-                for n, description in tqdm(descriptions.items(), desc="answer"):
-                    response = answer_from_text(pipeline, samples[n], description,
-                                                s.max_new_tokens)
+                accuracies = []
+                for n, response in answer(reasoning, samples, descriptions, s.max_new_tokens):
                     accuracy = data.accuracy_reward(response, samples[n])
                     accuracies.append(accuracy)
                     record = {"id": samples[n].id, "perception": perception,
-                              "reasoning": reasoning, "description": description,
+                              "reasoning": reasoning, "description": descriptions[n],
                               "response": response, "accuracy": accuracy}
                     print(json.dumps(record), file=file)
                 row.append(np.mean(accuracies or [np.nan]))
@@ -588,6 +590,12 @@ def mean_one(group: appo.Group, logits: Tensor, s: appo.Settings) -> Tensor:
     """APPO's weights over their mean: is it only that weights above 1 make a larger step?"""
     weights = appo.weigh_tokens(group, logits, s)                                       # (G, R)
     return weights / appo.masked_mean(weights, group.rollout.response_mask)
+
+
+@functools.lru_cache
+def answer_frames(path: str) -> dict[str, int | None]:
+    """By the sample's id; read once for all runs on the data."""
+    return {sample.id: sample.crucial_frame for sample in data.load_samples(path)}
 
 
 @functools.lru_cache
@@ -678,10 +686,9 @@ def run_figures(s: appo.Settings) -> dict[str, float]:
     for name in ("accuracy", "topk"):
         figures[f"{name}, before"] = logs["held_out"][0].get(name, np.nan)
         figures[f"{name}, after"] = logs["held_out"][-1].get(name, np.nan)
-    true_frames = {sample.id: sample.crucial_frame for sample in data.load_samples(s.data)}
     weights, found = {True: [], False: []}, []
     for group in logs["samples"]:
-        found.append(true_frames[group["id"]] in group["crucial_frames"])
+        found.append(answer_frames(s.data)[group["id"]] in group["crucial_frames"])
         for response in group["responses"]:
             for token, weight in zip(response["tokens"], response["weights"] or []):
                 weights[token in data.TOY_COLOURS].append(weight)
@@ -725,12 +732,8 @@ def draw_study(runs: dict[str, list[Path]], output: str) -> None:
     axes = figure.subplots()
     for arm, folders in runs.items():
         lines = np.stack([smooth(read_run(folder)[1]["accuracy"], 10) for folder in folders])
-        mean, error = lines.mean(0), lines.std(0) / len(lines) ** 0.5                 # (steps,)
-        steps = np.arange(1, len(mean) + 1)
-        axes.plot(steps, mean, label=f"{arm} ({len(lines)} runs)")
-        axes.fill_between(steps, mean - error, mean + error, alpha=0.2)
+        draw_band(axes, f"{arm} ({len(lines)} runs)", lines, lines.std(0) / len(lines) ** 0.5)
     axes.set(xlabel="step", ylabel="accuracy of rollouts, last 10 steps")
-    axes.grid(alpha=0.3)
     axes.legend()
     save_figure(figure, output)
 
@@ -748,10 +751,10 @@ def study(options) -> None:
     settings = {job[:3]: arm_settings(*job)[0] for job in jobs}
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "study.json"
-    if config.exists() and json.loads(config.read_text())["options"] != options.rest:
-        raise RunError(f"{folder}: holds a study with other options; give another --output")
     if not config.exists():
         config.write_text(json.dumps({"options": options.rest}))
+    if json.loads(config.read_text())["options"] != options.rest:
+        raise RunError(f"{folder}: holds a study with other options; give another --output")
     if settings[jobs[0][:3]].data == f"{folder}/train.json":
         data.make_toy_data(folder)
     with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
@@ -1133,13 +1136,13 @@ def command_line() -> Parser:
     option("--reasoning", "text models T,T2", required=True)
     option("--output", "every description and answer", "decouple.jsonl")
     option = add(study)
-    option("--arms", default=ARMS, help="ALGORITHM[:OPTION=VALUE][:again|shuffled|...],...")
-    option("--seeds", type=positive, default=10, help="how many models")
-    option("--first_seed", type=int, default=0, help="the first")
-    option("--rollout_seeds", type=positive, default=3, help="runs from each model")
-    option("--snr", type=positive, help="train nothing; signal to noise over so many groups")
-    option("--processes", type=positive, default=2, help="runs at a time, a core each")
-    option("--output", default="runs/study", help="folder; runs that have finished there stay")
+    option("--arms", "ALGORITHM[:OPTION=VALUE][:again|shuffled|...],...", ARMS)
+    option("--seeds", "how many models", 10)
+    option("--first_seed", "the first", 0, type=int)
+    option("--rollout_seeds", "runs from each model", 3)
+    option("--snr", "train nothing; signal to noise over so many groups", type=positive)
+    option("--processes", "runs at a time, a core each", 2)
+    option("--output", "folder; runs that have finished there stay", "runs/study")
     option = add(throughput)
     option("--model", "model folder; default: a random model of 12 layers, 512 wide")
     option("--random_weights", "take only --model's configuration", False)

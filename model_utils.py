@@ -733,10 +733,11 @@ def refresh(model, policy: Policy) -> None:
 # ------------------------------------------------------------------- the run folder, and stopping
 
 def read_log(log: Path) -> list[dict]:
-    """The records of a .jsonl file; none if it does not exist."""
+    """The records of a .jsonl file; none if it does not exist. Half a last line, of a run that was
+    killed, does not count."""
     if not log.exists():
         return []
-    return [json.loads(line) for line in log.read_text().splitlines()]
+    return [json.loads(line) for line in log.read_bytes().split(b"\n")[:-1]]
 
 
 COMPLETE = "step-??????/state.json"     # in a run folder, of each checkpoint to resume from
@@ -811,16 +812,15 @@ class RunFolder:
         (self.path / "config.json").write_text(json.dumps(config, indent=1))
 
     def cut_logs(self) -> None:
-        """Drop what was logged after the checkpoint; a killed run may end in half a line."""
+        """Drop what was logged after the checkpoint."""
         for name in ("metrics", "samples", "skipped", "held_out"):
             log, cut = self.path / f"{name}.jsonl", self.path / f"{name}.cut"
             if not log.exists():
                 continue
-            complete = [line for line in log.read_text().splitlines(True) if line.endswith("\n")]
-            before = [line for line in complete if json.loads(line)["step"] <= self.step]
-            if self.checkpoint is None:
-                before = []     # not even step 0 is kept: it is done again
-            cut.write_text("".join(before))
+            before = []
+            if self.checkpoint is not None:     # otherwise step 0 is done again, too
+                before = [record for record in read_log(log) if record["step"] <= self.step]
+            cut.write_text("".join(json.dumps(record) + "\n" for record in before))
             cut.replace(log)
 
     def log(self, name: str, *records: dict) -> None:
