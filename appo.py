@@ -50,6 +50,7 @@ import time
 from collections import Counter, defaultdict
 from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Callable, Iterator, Literal
 
@@ -73,8 +74,7 @@ def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
 
     Exactly 0 if all rewards are equal. Example: [1, 0, 0, 1] -> [0.866, -0.866, -0.866, 0.866].
     """
-    if not rewards.is_floating_point():
-        rewards = rewards.float()
+    rewards = rewards if rewards.is_floating_point() else rewards.float()
     if (rewards == rewards[0]).all():
         # Otherwise the rounding error of the mean, divided by eps, would look like an advantage.
         return torch.zeros_like(rewards)
@@ -94,7 +94,7 @@ def focused_frames(frame_attention: Tensor, response_mask: Tensor, *, k1: int = 
     focused = torch.zeros(G, F, dtype=torch.bool, device=frame_attention.device)
     for i in range(G):
         attention = frame_attention[i, response_mask[i]]                        # (tokens, F)
-        if len(attention) > 0:      # never empty here; for other callers of this function
+        if len(attention) > 0:      # a response without tokens focuses on nothing
             highest = attention.topk(min(k1, len(attention)), dim=0).values     # (K1, F)
             focused[i, highest.mean(0).topk(min(k2, F)).indices] = True
     return focused
@@ -158,11 +158,11 @@ def perception_token_weights(frame_attention: Tensor, logits: Tensor, response_m
         return torch.ones(response_mask.shape, device=response_mask.device)
     attention = frame_attention[:, :, crucial].permute(2, 0, 1)                 # (C, G, R)
     picked = most_attentive_tokens(attention, response_mask, k3)                # bool (C, G, R)
-    # Frames often share the same picks, and all do where no response is longer than K3. Each
-    # distinct set is compared only once.
-    distinct, set_of_frame = picked.unique(dim=0, return_inverse=True)          # -> (sets, G, R)
+    # Only for speed, frames with the same picks are compared once: all frames have the same where
+    # no response is longer than K3.
+    distinct, number_of_frame = picked.unique(dim=0, return_inverse=True)
     scaled = torch.stack([scaled_divergence(logits, picks) for picks in distinct])
-    scaled = scaled[set_of_frame]               # (C, G, R), 0 where a frame did not pick
+    scaled = scaled[number_of_frame]            # (C, G, R), 0 where a frame did not pick
     times_picked = picked.sum(0)                                                # (G, R)
     return 1 + alpha * scaled.sum(0) / times_picked.clamp(min=1)
 
@@ -180,17 +180,15 @@ def scaled_divergence(logits: Tensor, picked: Tensor) -> Tensor:
 
     logits (G, R, V), picked bool (G, R) -> (G, R)
     """
-    result = torch.zeros(picked.shape, device=picked.device)
     places = [row.nonzero().flatten() for row in picked]        # of each response, in reading order
     jth_picks = pad_sequence(places, padding_value=-1)                          # (J, G)
     divergence = group_divergence(logits, jth_picks)                            # (J,)
     span = divergence.max() - divergence.min()
     if span < 1e-4:                                             # equal up to rounding
-        return result
+        return torch.zeros(picked.shape, device=picked.device)
     scaled = (divergence - divergence.min()) / span
-    for i, of_response in enumerate(places):
-        result[i, of_response] = scaled[:len(of_response)]
-    return result
+    j = (picked.cumsum(1) - 1).clamp(min=0)     # a picked token is the j-th pick of its response
+    return scaled[j].where(picked, 0.0)
 
 
 def group_divergence(logits: Tensor, places: Tensor) -> Tensor:
@@ -206,12 +204,12 @@ def group_divergence(logits: Tensor, places: Tensor) -> Tensor:
     results = []
     for part in places.split(16):               # bounds the memory: (16, G, V)
         present = (part >= 0)[:, :, None]                                       # (16, G, 1)
-        # A missing place reads the logits at place 0, which the next line masks.
         log_p = logits[responses, part.clamp(min=0)].float().log_softmax(-1)    # (16, G, V)
+        # Where a response has no place, place 0 was read, and its probabilities become 0.
         log_p = log_p.where(present, -torch.inf)
         p = log_p.exp()
         log_mean = (p.sum(1, keepdim=True) / present.sum(1, keepdim=True)).log()
-        # 0 * log 0 counts as 0, so log 0 = -inf is replaced by a finite number.
+        # 0 * log 0 counts as 0: a finite number in place of -inf makes it so.
         log_ratio = log_p.clamp(min=-1e4) - log_mean.clamp(min=-1e4)
         results.append((p * log_ratio).sum((1, 2)).clamp(min=0))
     return torch.cat(results)
@@ -246,8 +244,8 @@ def clipped_surrogate_loss(
     Returns (scalar, {approx_kl: mean of rho - 1 - log rho, clip_fraction: share of tokens}).
     Example: rho = [1.5, 1], A = 2, W = 1 -> -(min(3, 2.56) + min(2, 2)) / 2 = -2.28.
     """
-    log_probs = log_probs.where(response_mask, 0.0)
-    log_ratio = (log_probs - old_log_probs.where(response_mask, 0.0)).clamp(-20, 20)
+    # masked before exp, so that padding with nan or inf reaches neither loss nor gradient
+    log_ratio = (log_probs - old_log_probs).where(response_mask, 0.0).clamp(-20, 20)
     ratio = log_ratio.exp()                                                     # rho (G, R)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     advantages = advantages[:, None]                                            # (G, 1)
@@ -258,11 +256,11 @@ def clipped_surrogate_loss(
     if kl_coef:
         if ref_log_probs is None:
             raise ValueError("kl_coef needs ref_log_probs")
-        kl = kl_estimate(log_probs, ref_log_probs.where(response_mask, 0.0))
+        kl = kl_estimate((ref_log_probs - log_probs).where(response_mask, 0.0))
         loss = loss + kl_coef * masked_mean(kl, response_mask, average)
     with torch.no_grad():
         is_clipped = (clipped - ratio) * advantages < 0     # the clipped term is the minimum
-        metrics = {"approx_kl": masked_mean(ratio - 1 - log_ratio, response_mask),
+        metrics = {"approx_kl": masked_mean(kl_estimate(log_ratio), response_mask),
                    "clip_fraction": masked_mean(is_clipped.to(ratio.dtype), response_mask)}
     return loss, metrics
 
@@ -368,7 +366,7 @@ class Settings:
 
     @classmethod
     def of(cls, algorithm: str, **changes) -> "Settings":
-        """The settings of an algorithm: Settings.of("grpo", steps=10)."""
+        """Short for Settings(algorithm="grpo", steps=10): Settings.of("grpo", steps=10)."""
         return cls(algorithm=algorithm, **changes)
 
     @property
@@ -443,11 +441,11 @@ class Run:
         self.seconds[phase] += self.last_lap - before
 
 
-# What data.read_ahead yields: position -> (sample, its video, still being decoded), for
-# this process's part of a batch.
+# This process's part of a batch, by position in the stream: each sample with the future of its
+# decoded video.
 Batch = dict[int, tuple[data.Sample, Future]]
 
-ORDER, ROLLOUT, MASK, HELD_OUT = range(4)       # the purposes of random numbers
+ORDER, ROLLOUT, MASK, HELD_OUT = range(4)       # what `random_numbers` are for
 
 
 def sample_groups(run: Run, prompts: dict[int, data.Prompt],
@@ -483,44 +481,36 @@ def score_group(run: Run, group: Group) -> None:
     reward, group.accuracy, group.format = scores.T
     group.reward = reward + overlong_penalty(mask.sum(1), s.max_new_tokens, s.overlong_buffer)
     group.advantages = group_advantages(group.reward)
+    # With alpha 0 the attention was not recorded.
     group.crucial = torch.zeros(rollout.encoded.num_frames, dtype=torch.bool, device=mask.device)
     if s.alpha:
         group.crucial = crucial_frames(rollout.frame_attention, mask, group.accuracy, k1=s.k1,
                                        k2=s.k2, threshold=s.threshold, strategy=s.strategy)
 
 
-def collect_groups(run: Run, batches: Iterator[Batch]) -> tuple[list[Group], list[dict]]:
-    """Steps 1 to 4: (this process's groups, the records of all processes' unusable samples).
+def groups_of_batch(run: Run, batches: Iterator[Batch]) -> tuple[list[Group], list[dict]]:
+    """Steps 1 to 4 for the next batch: this process's (groups, records of unusable samples)."""
+    batch = next(batches)
+    wait([visual for _, visual in batch.values()])          # so that waiting is timed by itself
+    run.lap("wait")
+    prompts, unusable = data.build_prompts(batch, run.tokenizer,
+                                           run.settings.max_prompt_tokens)      # step 1
+    run.position += run.settings.prompts_per_step
+    run.lap("prompts")
+    groups = sample_groups(run, prompts)                                        # step 2
+    for group in groups:
+        score_group(run, group)                                                 # steps 3 and 4
+    run.lap("score")
+    return groups, unusable
 
-    With dynamic sampling, groups whose responses all have the same accuracy are replaced by those
-    of further batches. If there are too few of them, the training step has fewer groups.
-    """
-    s = run.settings
-    groups, skipped = [], []
-    most_batches = 1 + s.max_resamples if s.dynamic_sampling else 1
-    for _ in range(most_batches):
-        batch = next(batches)
-        wait([visual for _, visual in batch.values()])      # so that waiting is timed by itself
-        run.lap("wait")
-        prompts, unusable = data.build_prompts(batch, run.tokenizer, s.max_prompt_tokens)  # step 1
-        run.position += s.prompts_per_step
-        run.lap("prompts")
-        sampled = sample_groups(run, prompts)                                   # step 2
-        for group in sampled:
-            score_group(run, group)                                             # steps 3 and 4
-        run.lap("score")
-        if s.dynamic_sampling:      # by accuracy, as in DAPO
-            sampled = [g for g in sampled if (g.accuracy != g.accuracy[0]).any()]
-        groups += sampled
-        skipped += unusable
-        of_processes = model_utils.all_gather([group.position for group in groups])
-        positions = sorted(sum(of_processes, []))           # of the groups of all processes
-        if len(positions) >= s.prompts_per_step:
-            break
-    # Only dynamic sampling gives a surplus: all processes keep the same, the first of the stream.
-    chosen = positions[:s.prompts_per_step]
-    skipped = sum(model_utils.all_gather(skipped), [])
-    return [group for group in groups if group.position in chosen], skipped
+
+def collect_groups(run: Run, batches: Iterator[Batch]) -> tuple[list[Group], list[dict]]:
+    """Steps 1 to 4: (this process's groups, records of all processes' unusable samples)."""
+    groups, unusable = groups_of_batch(run, batches)
+    if run.settings.dynamic_sampling:
+        groups, more_unusable = resample(run, batches, groups)
+        unusable += more_unusable
+    return groups, sum(model_utils.all_gather(unusable), [])
 
 
 def group_loss(run: Run, group: Group, log_probs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -545,18 +535,18 @@ def plan_passes(run: Run, groups: list[Group]) -> tuple[list[Group], int, bool]:
     gradient: it counts in the mean over groups, but is not computed.
 
     A pass through a sharded model is a collective call, so every process must make the same number:
-    one with fewer groups adds dummies, whose gradients are 0. There is at least one pass: without
-    gradients AdamW would do nothing, and with gradients of 0 it takes its momentum step, as if the
-    groups with advantages of 0 had been computed.
+    one with fewer groups adds dummies, whose gradients are 0. There is at least one pass, so that
+    it makes no difference whether groups without a gradient are computed: AdamW moves a weight on
+    by its momentum where the gradient is 0, and leaves it alone where there is none.
     """
     s = run.settings
     active = [g for g in groups if s.kl_coef or s.masked_video or g.advantages.any()]
+    # nan where weights or activations have overflowed
     finite = all(g.rollout.log_probs.isfinite().all() for g in groups)
-    counts = model_utils.all_gather((len(active), len(groups), finite))     # of every process
-    most_active = max(number_active for number_active, _, _ in counts)
-    total = sum(number_of_groups for _, number_of_groups, _ in counts)
-    dummies = [dummy_group(run) for _ in range(max(1, most_active) - len(active))]
-    return active + dummies, total, all(finite for _, _, finite in counts)
+    of_processes = model_utils.all_gather((len(active), len(groups), finite))
+    numbers_active, numbers_of_groups, all_finite = zip(*of_processes)
+    dummies = [dummy_group(run) for _ in range(max(1, *numbers_active) - len(active))]
+    return active + dummies, sum(numbers_of_groups), all(all_finite)
 
 
 def update(run: Run, groups: list[Group]) -> list[float]:
@@ -568,10 +558,10 @@ def update(run: Run, groups: list[Group]) -> list[float]:
     """
     s = run.settings
     batch, total, finite = plan_passes(run, groups)
-    if total == 0:
+    if total == 0:              # no sample of the batch was usable
         return []
-    if not finite:
-        return [math.nan]       # no update
+    if not finite:              # no update
+        return [math.nan]
     for group in batch:
         add_reference_log_probs(run, group)     # baselines only
     norms = []
@@ -581,8 +571,9 @@ def update(run: Run, groups: list[Group]) -> list[float]:
             log_probs, logits = run.policy(
                 group.rollout.encoded, group.rollout.response_ids, group.rollout.response_mask,
                 keep_logits=first and s.alpha > 0)
-            # Before the first update on a batch, the policy is the model that sampled it, but in
-            # fp32. Its log-probabilities are more exact than those noted while sampling.
+            # Before the first update on a batch, the policy is the model that sampled it, up to
+            # rounding, and its own log-probabilities are taken for the old ones. How far those
+            # noted while sampling differ is not corrected, but logged: rollout_logprob_gap.
             if first:
                 run.lap("update")       # the time up to here, so that step 5 is timed by itself
                 group.old_log_probs = log_probs.detach()
@@ -595,7 +586,7 @@ def update(run: Run, groups: list[Group]) -> list[float]:
             (loss * group.loss_scale * run.world / total).backward()
             group.updates.append({name: value.item() for name, value in metrics.items()})
         norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), s.max_grad_norm)
-        norms.append(norm.full_tensor().item())
+        norms.append(norm.full_tensor().item())     # a DTensor, as all of FSDP2
         if math.isfinite(norms[-1]):        # the same on all processes
             run.optimizer.step()
         run.optimizer.zero_grad()
@@ -633,7 +624,7 @@ def train(s: Settings, reward: Callable = data.task_reward,
     samples, held_out = load_samples(s, s.data), load_samples(s, s.eval_data)
     steps = s.steps or math.ceil(s.epochs * len(samples) / s.prompts_per_step)
     # With --resume, the folder's step and position are those of its newest checkpoint.
-    folder = model_utils.RunFolder(s.output, asdict(s), may_differ(s))
+    folder = model_utils.RunFolder(s.output, asdict(s), may_differ=may_differ(s))
     stream = prompt_stream(s, samples, folder.position, rank, world)
     with open_reader(s) as reader, model_utils.stop_signals() as stop:
         batches = data.read_ahead(reader, stream)       # decoding starts before the model is loaded
@@ -673,23 +664,39 @@ def train(s: Settings, reward: Callable = data.task_reward,
         print_summary(folder, s)
 
 
-# --------------------------------------------------------------- terms that only the baselines have
+# ---------------------------------------------------------- what only options and baselines have
+
+def resample(run: Run, batches: Iterator[Batch],
+             groups: list[Group]) -> tuple[list[Group], list[dict]]:
+    """DAPO's dynamic sampling: groups whose responses all have the same accuracy are replaced by
+    those of further batches. If there are too few of them, the training step has fewer groups."""
+    s, kept, unusable = run.settings, [], []
+    for number in range(s.max_resamples + 1):
+        kept += [group for group in groups if (group.accuracy != group.accuracy[0]).any()]
+        of_processes = model_utils.all_gather([group.position for group in kept])
+        positions = sorted(sum(of_processes, []))           # of the kept groups of all processes
+        if len(positions) >= s.prompts_per_step or number == s.max_resamples:
+            break
+        groups, more_unusable = groups_of_batch(run, batches)
+        unusable += more_unusable
+    # All processes agree on those of a surplus that stay: the first of the stream.
+    chosen = positions[:s.prompts_per_step]
+    return [group for group in kept if group.position in chosen], unusable
+
 
 def overlong_penalty(lengths: Tensor, max_new_tokens: int, buffer: int) -> Tensor:
     """DAPO's soft overlong punishment, to be added to the reward.  lengths (G,) -> float (G,)
 
     0 up to max_new_tokens - buffer tokens, then linearly down to -1 at max_new_tokens.
     """
-    if buffer == 0:
-        return torch.zeros(lengths.shape, device=lengths.device)
-    return (max_new_tokens - buffer - lengths).clamp(-buffer, 0) / buffer
+    return (max_new_tokens - buffer - lengths).clamp(-buffer, 0) / max(buffer, 1)
 
 
-def kl_estimate(log_probs: Tensor, other_log_probs: Tensor) -> Tensor:
-    """Schulman's low-variance estimate of KL(pi || other) at each sampled token; known as "k3",
-    which has nothing to do with APPO's K3."""
-    d = (other_log_probs - log_probs).clamp(-20, 20)
-    return d.exp() - d - 1
+def kl_estimate(log_ratio: Tensor) -> Tensor:
+    """Schulman's low-variance estimate of KL(pi || other) at each sampled token, from log other -
+    log pi; known as "k3", which has nothing to do with APPO's K3."""
+    log_ratio = log_ratio.clamp(-20, 20)
+    return log_ratio.exp() - log_ratio - 1
 
 
 def perception_loss(log_probs: Tensor, masked_log_probs: Tensor, response_mask: Tensor, *,
@@ -702,9 +709,8 @@ def perception_loss(log_probs: Tensor, masked_log_probs: Tensor, response_mask: 
     theirs: the mean of -log pi over the sampled tokens.
     log_probs, masked_log_probs (G, R), response_mask bool (G, R) -> (scalar, {perception_kl})
     """
-    log_probs = log_probs.where(response_mask, 0.0)
-    masked_log_probs = masked_log_probs.detach().where(response_mask, 0.0)
-    kl = kl_estimate(log_probs, masked_log_probs).clamp(max=10)     # as in the authors' code
+    log_ratio = (masked_log_probs.detach() - log_probs).where(response_mask, 0.0)
+    kl = kl_estimate(log_ratio).clamp(max=10)       # as in the authors' code
     kl = masked_mean(kl, response_mask, average)
     entropy = -masked_mean(log_probs, response_mask, average)
     return -gamma * kl + eta * entropy, {"perception_kl": kl.detach()}
@@ -720,6 +726,7 @@ def add_reference_log_probs(run: Run, group: Group) -> None:
     if run.settings.masked_video:
         masked = rollout.encoded
         if prompt is not None:      # a dummy has no video
+            # blackens a random share of the patches
             patches = data.mask_patches(prompt.patches, prompt.video_grids + prompt.image_grids,
                                         random_numbers(run.settings.seed, MASK, group.position))
             masked, = model_utils.encode_prompts(run.model, [replace(prompt, patches=patches)])
@@ -733,7 +740,8 @@ def set_up(s: Settings, model, tokenizer, reward: Callable = data.task_reward,
     """The sharded policy, its optimizer and the reference, beside the model that samples."""
     reference = None
     if s.kl_coef:
-        # With trainable=False it shares the model's weights, which `refresh` overwrites: so a copy.
+        # A copy, because Policy would share the model's weights, and `refresh` overwrites these. It
+        # stays in the type in which model and policy compute.
         reference = copy.deepcopy(Policy(model, s.temperature, trainable=False))
     policy = Policy(model, s.temperature)       # an fp32 copy
     if s.gradient_checkpointing:
@@ -755,8 +763,8 @@ def dummy_group(run: Run) -> Group:
 
 
 def set_learning_rate(run: Run, step: int, steps: int) -> float:
-    """The learning rate of a step, counted from 1. The linear one is transformers' schedule, whose
-    first warm-up step has rate 0."""
+    """The learning rate of a step, counted from 1. The linear one is transformers' schedule to the
+    digit, so its first warm-up step has rate 0."""
     s = run.settings
     if s.lr_schedule == "constant":
         factor = min(1.0, step / max(s.warmup_steps, 1))
@@ -764,9 +772,9 @@ def set_learning_rate(run: Run, step: int, steps: int) -> float:
         factor = (step - 1) / s.warmup_steps
     else:
         factor = (steps - step + 1) / (steps - s.warmup_steps)
-    for parameters in run.optimizer.param_groups:
-        parameters["lr"] = s.learning_rate * factor
-    return s.learning_rate * factor
+    rate = s.learning_rate * factor
+    run.optimizer.param_groups[0]["lr"] = rate
+    return rate
 
 
 def load_samples(s: Settings, path: str | None) -> list[data.Sample]:
@@ -785,15 +793,15 @@ def random_numbers(seed: int, purpose: int, position: int) -> np.random.Generato
 def prompt_stream(s: Settings, samples: list[data.Sample], start: int, rank: int,
                   world: int) -> Iterator[dict[int, data.Sample]]:
     """Endless batches by position, this process's share of each; a new order every epoch."""
-    epoch_of_order = None
+    @lru_cache(2)
+    def order(epoch: int) -> np.ndarray:
+        return random_numbers(s.seed, ORDER, epoch).permutation(len(samples))
+
     while True:
         batch = {}
         for position in range(start + rank, start + s.prompts_per_step, world):
             epoch, index = divmod(position, len(samples))
-            if epoch != epoch_of_order:
-                order = random_numbers(s.seed, ORDER, epoch).permutation(len(samples))
-                epoch_of_order = epoch
-            batch[position] = samples[order[index]]
+            batch[position] = samples[order(epoch)[index]]
         yield batch
         start += s.prompts_per_step
 
@@ -847,8 +855,9 @@ def batch_metrics(run: Run, groups: list[Group], seconds: float) -> dict[str, fl
     for _, metrics in in_order:
         for name, value in metrics.items():
             columns[name].append(value)
+    # What every record has, also if no group was computed.
     result = dict(loss=0.0, approx_kl=0.0, clip_fraction=0.0, rollout_logprob_gap=0.0,
-                  token_weight_mean=1.0, token_weight_max=1.0)      # if no group was computed
+                  token_weight_mean=1.0, token_weight_max=1.0)
     for name, values in columns.items():
         most = name in ("token_weight_max", "rollout_logprob_gap")
         result[name] = max(values) if most else float(np.mean(values))
@@ -865,13 +874,11 @@ def describe(groups: list[Group], tokenizer, step: int) -> list[dict]:
     sample, responses = group.prompt.sample, []
     for i, real in enumerate(group.rollout.response_mask):
         ids = group.rollout.response_ids[i][real].tolist()
-        response = {"text": group.texts[i], "tokens": tokenizer.convert_ids_to_tokens(ids),
-                    "advantage": group.advantages[i].item(), "weights": None}
-        for name in ("reward", "accuracy", "format"):
-            response[name] = getattr(group, name)[i].item()
-        if group.updates:
-            response["weights"] = group.token_weights[i][real].tolist()
-        responses.append(response)
+        responses.append({
+            "text": group.texts[i], "tokens": tokenizer.convert_ids_to_tokens(ids),
+            "reward": group.reward[i].item(), "accuracy": group.accuracy[i].item(),
+            "format": group.format[i].item(), "advantage": group.advantages[i].item(),
+            "weights": group.token_weights[i][real].tolist() if group.updates else None})
     return [{"step": step, "id": sample.id, "question": sample.question, "answer": sample.answer,
              "crucial_frames": group.crucial.nonzero().flatten().tolist(), "responses": responses}]
 
@@ -892,7 +899,7 @@ def print_summary(folder: model_utils.RunFolder, s: Settings) -> None:
 def score_prompts(run: Run, prompts: dict[int, data.Prompt]) -> list[dict[str, float]]:
     """One sampled response to each prompt: its accuracy, and if the frame that shows the answer is
     known, whether the response attends to it most (top1) or among its K2 frames (topk)."""
-    # alpha is above 0 so that the attention is read
+    # Attention is read with alpha above 0. All runs of a seed get the same random numbers.
     s = replace(run.settings, group_size=1, rollout_seed=run.settings.seed, alpha=1.0)
     run = replace(run, settings=s)
     scores = []
@@ -932,45 +939,35 @@ def score_held_out(run: Run, samples: list[data.Sample], reader: data.VideoReade
 def prepare_built_in(s: Settings) -> None:
     """Create the missing parts of the built-in task: videos with annotations, and the tiny model.
 
-    With random weights every reward would be 0, so the model is first trained with supervision on
-    example answers ("lessons"), in three stages. It learns to look and to answer; to talk before it
-    answers; and, from lessons that are mostly incorrect, to doubt what it sees. So it starts with
-    two answers in five correct, and reinforcement learning has something to teach.
+    With random weights every reward would be 0, so the model is first trained with supervision, up
+    to about two correct answers in five.
     """
     folder = Path(s.toy_folder)
     if s.data == str(folder / "train.json"):
         data.make_toy_data(folder)
     if s.model != str(folder / "model") or (folder / "model" / "config.json").exists():
         return
-    torch.set_num_threads(1)    # as in load_model
+    torch.set_num_threads(1)    # operations this small mostly wait for other threads
     texts = data.toy_vocabulary()
     _, tokenizer = model_utils.tiny_model(texts)
-    test_prompts = {n: data.toy_prompt(random_numbers(s.seed, HELD_OUT, n), tokenizer, n % 8)[0]
-                    for n in range(128)}
-    stages = [
-        (data.toy_lessons(tokenizer, 256, s.seed, filler=False), 3e-3, 40,
-         lambda accuracy, top1: accuracy >= 0.5 and top1 >= 0.3),
-        (data.toy_lessons(tokenizer, 256, s.seed), 2e-3, 20,
-         lambda accuracy, top1: accuracy >= 0.85 and top1 >= 0.45),
-        (data.toy_lessons(tokenizer, 128, s.seed, correct=0.4), 4e-4, 5,
-         lambda accuracy, top1: accuracy <= 0.43)]
+    prompts = {n: data.toy_prompt(random_numbers(s.seed, HELD_OUT, n), tokenizer, n % 8)[0]
+               for n in range(128)}
 
     def new_model(attempt: int):
         return model_utils.tiny_model(texts, s.seed + 1000 * attempt)[0]
 
     def measure(model) -> tuple[float, float]:
-        scores = score_prompts(Run(Settings(**TINY), model, tokenizer), test_prompts)
+        """(accuracy, share of responses that attend most to the true frame)"""
+        scores = score_prompts(Run(Settings(**TINY), model, tokenizer), prompts)
         return tuple(float(np.mean([score[name] for score in scores]))
                      for name in ("accuracy", "top1"))
 
+    stages = data.toy_stages(tokenizer, s.seed)
     model = model_utils.warm_up(new_model, stages, measure)
     model_utils.save_checkpoint(folder / "model", model, tokenizer, source=None)
     # Other tools read the picture settings from this file.
-    images = {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": TINY["min_pixels"],
-              "max_pixels": TINY["max_pixels"], "patch_size": data.PATCH, "merge_size": data.MERGE,
-              "temporal_patch_size": 2, "image_mean": list(data.PIXEL_MEAN),
-              "image_std": list(data.PIXEL_STD)}
-    (folder / "model" / "preprocessor_config.json").write_text(json.dumps(images, indent=1))
+    pictures = data.picture_settings(TINY["min_pixels"], TINY["max_pixels"])
+    (folder / "model" / "preprocessor_config.json").write_text(json.dumps(pictures, indent=1))
 
 
 # -------------------------------------------------------------------------------- the command line

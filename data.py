@@ -566,6 +566,14 @@ PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
+def picture_settings(min_pixels: int, max_pixels: int) -> dict:
+    """How this file makes patches, as a preprocessor_config.json tells other tools."""
+    return {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": min_pixels,
+            "max_pixels": max_pixels, "patch_size": PATCH, "merge_size": MERGE,
+            "temporal_patch_size": 2, "image_mean": list(PIXEL_MEAN),
+            "image_std": list(PIXEL_STD)}
+
+
 def resized_size(height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """Qwen's smart resize: the nearest multiples of 28, brought between the pixel limits.
 
@@ -1284,6 +1292,27 @@ def toy_lesson(tokenizer, rng: np.random.Generator, endings: dict[str, list[int]
     return Lesson(prompt, token_words.flatten(0, 1), pad_sequence(rows, batch_first=True),
                   pad_sequence(mask_rows, batch_first=True),
                   pad_sequence(target_rows, batch_first=True))
+
+
+@dataclass
+class Stage:
+    """Supervised training of the built-in model on lessons, until it is good enough."""
+    lessons: list[Lesson]
+    learning_rate: float
+    check_every: int  # steps between two measurements
+    good_enough: Callable[[float, float], bool]  # of (accuracy, share that look at the true frame)
+
+
+def toy_stages(tokenizer, seed: int) -> list[Stage]:
+    """The model learns to look and to answer; to talk before it answers; and, from lessons that are
+    mostly incorrect, to doubt what it sees, so that reinforcement learning has something to teach.
+    """
+    return [Stage(toy_lessons(tokenizer, 256, seed, filler=False), 3e-3, 40,
+                  lambda accuracy, top1: accuracy >= 0.5 and top1 >= 0.3),
+            Stage(toy_lessons(tokenizer, 256, seed), 2e-3, 20,
+                  lambda accuracy, top1: accuracy >= 0.85 and top1 >= 0.45),
+            Stage(toy_lessons(tokenizer, 128, seed, correct=0.4), 4e-4, 5,
+                  lambda accuracy, top1: accuracy <= 0.43)]
 
 
 if __name__ == "__main__":  # started by VideoReader

@@ -1021,23 +1021,18 @@ def tiny_model(texts: list[str], seed: int = 0):
     return prepare_model(model.eval()), tokenizer
 
 
-def warm_up(new_model: Callable, stages: list[tuple], measure: Callable):
+def warm_up(new_model: Callable, stages: list, measure: Callable):
     """A tiny model that has learned the built-in task by supervision, as far as reinforcement
     learning needs.
 
-    new_model(attempt): a model with other random weights for each attempt.
-    stages: (lessons, learning rate, steps between measurements, good_enough) of each.
-        A lesson has a `prompt` up to the end of its video; token_words (visual tokens, 2), the two
-        words that name what a visual token shows, the padding id where it shows nothing;
-        response_ids, response_mask and target_mask (questions, R), the rest of the prompts with the
-        responses, and which of those tokens to learn.
-    measure(model): what good_enough takes.
+    new_model(attempt): a model with other random weights for each attempt. stages: of
+    data.toy_stages. measure(model): what `good_enough` of a stage takes.
     Raises RunError if no attempt learns it.
     """
     for attempt in range(5):    # some initialisations learn to answer without looking
         model = new_model(attempt)
-        align_vision(model, stages[0][0])
-        if all(learn_answers(model, *stage, measure) for stage in stages):
+        align_vision(model, stages[0].lessons)
+        if all(learn_answers(model, stage, measure) for stage in stages):
             return model
     raise RunError("the built-in model did not learn its task; try another --seed")
 
@@ -1073,18 +1068,16 @@ def align_vision(model, lessons: list, steps: int = 60) -> None:
     model.requires_grad_(False)
 
 
-def learn_answers(model, lessons: list, learning_rate: float, check_every: int,
-                  good_enough: Callable, measure: Callable, max_steps: int = 240) -> bool:
+def learn_answers(model, stage, measure: Callable, max_steps: int = 240) -> bool:
     """The language model learns to answer until it is good enough; False if it fails."""
-    encoded = []
+    lessons, encoded = stage.lessons, []
     for start in range(0, len(lessons), 64):
         encoded += encode_prompts(model, [lesson.prompt for lesson in lessons[start:start + 64]])
     policy = Policy(model)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=learning_rate, betas=(0.9, 0.98),
-                                  weight_decay=0.01)
+    optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     batches = batches_of(len(lessons), 4)
     for step in tqdm(range(1, max_steps + 1), desc="warm-up: answers"):
-        optimizer.param_groups[0]["lr"] = learning_rate * min(1, step / 20)
+        optimizer.param_groups[0]["lr"] = stage.learning_rate * min(1, step / 20)
         batch = next(batches)
         for number in batch:
             lesson = lessons[number]
@@ -1094,8 +1087,8 @@ def learn_answers(model, lessons: list, learning_rate: float, check_every: int,
         nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % check_every == 0:
+        if step % stage.check_every == 0:
             refresh(model, policy)
-            if good_enough(*measure(model)):
+            if stage.good_enough(*measure(model)):
                 return True
     return False
