@@ -30,11 +30,11 @@ weight from the position that predicts the token (the one before it) to a visual
 averaged over the frame's visual tokens, over all heads and over the last `attention_layers` layers.
 
 Up to three copies of the language model exist. The *model* samples; it is not sharded, and in bf16
-on a GPU. The *policy* is trained; it is fp32, split over the processes, and copied into the model
-after each step. The *reference* is the frozen start model; only a KL term needs it. The vision
-tower is frozen, as in the paper. No loss acts on the attention itself: it only decides which
-tokens weigh more. With several processes each one has its share of a batch's prompts, and all of
-them update the same policy.
+on a GPU. The *policy* is trained; its weights are fp32, though on a GPU it computes in bf16, too.
+It is split over the processes, and copied into the model after each step. The *reference* is the
+frozen start model; only a KL term needs it. The vision tower is frozen, as in the paper. No loss
+acts on the attention itself: it only decides which tokens weigh more. With several processes each
+one has its share of a batch's prompts, and all of them update the same policy.
 
 The baselines are here, too. GRPO adds beta * KL(policy || reference) to the loss, and PAPO (arXiv
 2507.06448) adds -gamma * KL(policy || policy given a masked video) + eta * entropy to that of GRPO
@@ -159,10 +159,10 @@ def perception_token_weights(frame_attention: Tensor, logits: Tensor, response_m
     attention = frame_attention[:, :, crucial].permute(2, 0, 1)                 # (C, G, R)
     picked = most_attentive_tokens(attention, response_mask, k3)                # bool (C, G, R)
     # Only for speed, frames with the same picks are compared once: all frames have the same where
-    # no response is longer than K3.
-    distinct, number_of_frame = picked.unique(dim=0, return_inverse=True)
+    # no response is longer than K3. row (C,): where in `distinct` the picks of each frame stand.
+    distinct, row = picked.unique(dim=0, return_inverse=True)
     scaled = torch.stack([scaled_divergence(logits, picks) for picks in distinct])
-    scaled = scaled[number_of_frame]            # (C, G, R), 0 where a frame did not pick
+    scaled = scaled[row]                        # (C, G, R), 0 where a frame did not pick
     times_picked = picked.sum(0)                                                # (G, R)
     return 1 + alpha * scaled.sum(0) / times_picked.clamp(min=1)
 
@@ -366,7 +366,7 @@ class Settings:
 
     @classmethod
     def of(cls, algorithm: str, **changes) -> "Settings":
-        """Short for Settings(algorithm="grpo", steps=10): Settings.of("grpo", steps=10)."""
+        """A short form: Settings.of("grpo", steps=10)."""
         return cls(algorithm=algorithm, **changes)
 
     @property
@@ -399,8 +399,8 @@ class Group:
     token_weights: Tensor | None = None     # (G, R); None in groups that are not computed, since
                                             # all their advantages are 0 (see plan_passes)
     # step 6, fixed before the first update
-    old_log_probs: Tensor | None = None     # (G, R), as are the next two; of the fp32 policy's
-                                            # first pass, not the bf16 sampler's
+    old_log_probs: Tensor | None = None     # (G, R), as are the next two; of the policy's first
+                                            # pass, not of the model that sampled
     ref_log_probs: Tensor | None = None     # of the reference, with kl_coef
     masked_log_probs: Tensor | None = None  # of the policy under the masked video, for PAPO
     updates: list[dict[str, float]] = field(default_factory=list)   # metrics of each update
@@ -535,9 +535,11 @@ def plan_passes(run: Run, groups: list[Group]) -> tuple[list[Group], int, bool]:
     gradient: it counts in the mean over groups, but is not computed.
 
     A pass through a sharded model is a collective call, so every process must make the same number:
-    one with fewer groups adds dummies, whose gradients are 0. There is at least one pass, so that
-    it makes no difference whether groups without a gradient are computed: AdamW moves a weight on
-    by its momentum where the gradient is 0, and leaves it alone where there is none.
+    one with fewer groups adds dummies, whose gradients are 0.
+
+    If no process has a group to compute, each still passes a dummy. From its gradients of 0 AdamW
+    takes a step by momentum, as it would from the groups that are not computed. Without any
+    gradient it would take none.
     """
     s = run.settings
     active = [g for g in groups if s.kl_coef or s.masked_video or g.advantages.any()]
@@ -568,7 +570,7 @@ def update(run: Run, groups: list[Group]) -> list[float]:
     for number in range(s.updates_per_batch):
         first = number == 0
         for group in batch:
-            log_probs, logits = run.policy(
+            log_probs, logits = run.policy(     # both at the temperature of sampling
                 group.rollout.encoded, group.rollout.response_ids, group.rollout.response_mask,
                 keep_logits=first and s.alpha > 0)
             # Before the first update on a batch, the policy is the model that sampled it, up to
@@ -740,10 +742,10 @@ def set_up(s: Settings, model, tokenizer, reward: Callable = data.task_reward,
     """The sharded policy, its optimizer and the reference, beside the model that samples."""
     reference = None
     if s.kl_coef:
-        # A copy, because Policy would share the model's weights, and `refresh` overwrites these. It
-        # stays in the type in which model and policy compute.
+        # With trainable=False, Policy shares the model's weights. A copy, as `refresh` overwrites
+        # them.
         reference = copy.deepcopy(Policy(model, s.temperature, trainable=False))
-    policy = Policy(model, s.temperature)       # an fp32 copy
+    policy = Policy(model, s.temperature)       # which copies the weights, to fp32
     if s.gradient_checkpointing:
         model_utils.recompute_activations(policy.language_model)
     policy = model_utils.shard(policy, model.device, s.cpu_offload)
@@ -950,10 +952,13 @@ def prepare_built_in(s: Settings) -> None:
     torch.set_num_threads(1)    # operations this small mostly wait for other threads
     texts = data.toy_vocabulary()
     _, tokenizer = model_utils.tiny_model(texts)
-    prompts = {n: data.toy_prompt(random_numbers(s.seed, HELD_OUT, n), tokenizer, n % 8)[0]
-               for n in range(128)}
+    prompts = {}
+    for n in range(128):
+        rng = random_numbers(s.seed, HELD_OUT, n)
+        prompts[n], *_ = data.toy_prompt(rng, tokenizer, true_frame=n % 8)
 
     def new_model(attempt: int):
+        """Other random weights in each attempt, as some do not learn."""
         return model_utils.tiny_model(texts, s.seed + 1000 * attempt)[0]
 
     def measure(model) -> tuple[float, float]:

@@ -1249,12 +1249,12 @@ class Lesson:
 
 
 def toy_prompt(rng: np.random.Generator, tokenizer,
-               frame: int = 0) -> tuple[Prompt, list[str], list[str], list[int]]:
+               true_frame: int = 0) -> tuple[Prompt, list[str], list[str], list[int]]:
     """(prompt, shapes, colours, cells): a built-in video that is in no file, and the question about
     one of its visual frames."""
     frames, shapes, colours, cells = toy_video(rng)
     patches, grid = frames_to_patches(frames, TOY_PIXELS, TOY_PIXELS)
-    sample = toy_sample(shapes[frame], colours[frame], frame)
+    sample = toy_sample(shapes[true_frame], colours[true_frame], true_frame)
     visual = Visual(patches, [grid], [], [2.0], 16.0, 16)
     return build_prompt(sample, visual, tokenizer), shapes, colours, cells
 
