@@ -1,4 +1,4 @@
-"""What the algorithm needs of Qwen2.5-VL, and of the machine.
+"""What APPO (arXiv 2602.23823) needs of Qwen2.5-VL, and of the machine.
 
 From top to bottom: processes; loading; the prompt and its video, embedded once; attention of a
 group; rollout; log-probabilities of a group and its attention to the frames; sharding; the run
@@ -74,9 +74,6 @@ def init_processes() -> tuple[int, int, torch.device]:
             raise RunError(f"torch {torch.__version__} cannot use this machine's GPU; update its "
                            "driver, install a matching torch, or hide the GPU by "
                            'CUDA_VISIBLE_DEVICES=""')
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and torch.__version__ < (2, 9):
-        raise RunError(f"torch {torch.__version__} sums the gradients of several processes where "
-                       "it should average them; install a newer one")
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
         dist.init_process_group(backend, **alone)
@@ -117,7 +114,7 @@ def load_model(name: str, device: torch.device):
         model, report = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
             name, dtype=compute_type(device), output_loading_info=True)
     except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
+        reason = " ".join(str(error).split())[:200]
         raise RunError(f"{name}: no usable model ({reason}); give a hub name or a folder with the "
                        "configuration, tokenizer and weights of a qwen2_5_vl model") from error
     missing = sorted(report["missing_keys"])
@@ -413,9 +410,9 @@ class DecodingCache:
 
     A prompt is stored and read once, not once per response: the queries of its G rows stand side by
     side in one matrix product with the prompt's keys. Shorter prompts are padded and masked. All
-    responses advance together: response key t is of the token that is fed at decoding position t,
-    and key 0 of the last prompt token. In the last layers the attention to the frames is added to
-    `frame_attention`; no other attention weights outlive their layer.
+    responses advance together: response key t belongs to the token that is fed at decoding position
+    t, so key 0 belongs to the last prompt token. In the last layers the attention to the frames is
+    added to `frame_attention`; no other attention weights outlive their layer.
 
     All that changes from token to token is written in place, `t` too, so that a CUDA graph can
     replay it.
@@ -453,7 +450,7 @@ class DecodingCache:
     def prefill(self, number, layer, query, key, value, scaling) -> Tensor:
         """Attention of prompt `number` to itself; its keys and values are stored."""
         stored = self.prompt[layer, :, number, :, :key.shape[1]].transpose(1, 2)
-        stored[0], stored[1] = key[0], value[0]                                 # (P - 1, kv, D)
+        stored[0], stored[1] = key[0], value[0]         # each (this prompt's tokens - 1, kv, D)
         return causal_attention(query, key, value, scaling)
 
     def decode(self, layer, query, key, value, scaling) -> Tensor:
@@ -494,11 +491,10 @@ class Rollout:
     frame_attention: Tensor     # (G, R, F), see the function of that name; 0 if no layer is read
 
 
-# By how many tokens the response keys that decoding reads grow at a time, and how many tokens share
-# a CUDA graph. A multiple of 8: every 8 tokens the host waits for the GPU, to ask whether all rows
-# have ended, so a graph has finished when it is freed.
-# Only one graph lives at a time: to free one while another shares its cuBLAS workspace is an error
-# (pytorch issue 193402).
+# Tokens per block. At its start, attention begins to read BLOCK more response keys, the CUDA graph
+# of the block before is freed, and the next one is recorded. A multiple of 8: every 8 tokens the
+# host waits for the GPU, so no replay is under way then. Only one graph lives at a time, because to
+# free one while another shares its cuBLAS workspace is an error (pytorch issue 193402).
 BLOCK = 128
 
 
@@ -526,10 +522,9 @@ def rollout(model, prompts: list[EncodedPrompt], uniforms: Tensor, *, temperatur
     # The tokens that are fed are the last one of the prompt and those of the response.
     last_ids = torch.stack([prompt.input_ids[-1:] for prompt in prompts])       # (N, 1)
     ids = last_ids.repeat_interleave(G, dim=0).repeat(1, 1 + max_new_tokens)    # (B, 1 + R)
-    positions = []
-    for prompt in prompts:
-        of_response = prompt.next_position + torch.arange(max_new_tokens - 1, device=device)
-        positions.append(torch.cat([prompt.positions[:, -1:], of_response.expand(3, -1)], dim=1))
+    steps = torch.arange(max_new_tokens - 1, device=device).expand(3, -1)
+    positions = [torch.cat([prompt.positions[:, -1:], prompt.next_position + steps], dim=1)
+                 for prompt in prompts]
     positions = torch.stack(positions, dim=1).repeat_interleave(G, dim=1)       # (3, B, R)
 
     def next_token() -> None:
@@ -544,7 +539,7 @@ def rollout(model, prompts: list[EncodedPrompt], uniforms: Tensor, *, temperatur
             cumulative = probs.cumsum(-1, dtype=torch.float64)
             threshold = uniforms.index_select(1, t) * cumulative[:, -1:]
             sampled = torch.searchsorted(cumulative, threshold, right=True)     # (B, 1)
-            sampled = sampled.clamp(max=logits.shape[-1] - 1)
+            sampled = sampled.clamp(max=logits.shape[-1] - 1)       # nan would give V
         else:
             sampled = choose(logits, ids)[:, None]
         ids.index_copy_(1, t + 1, sampled)
@@ -583,7 +578,7 @@ def recorded(function: Callable[[], None]) -> Callable[[], None]:
     """Record the kernels of a function as a CUDA graph: launching them one by one takes longer than
     they run."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):    # others may use CUDA
         function()
     return graph.replay
 
@@ -612,7 +607,7 @@ class Policy(nn.Module):
         """response_ids (G, R), response_mask bool (G, R)
         -> (log_probs (G, R), 0 in the padding; logits (G, R, V) in the compute type, or None)
 
-        The logits, without gradient, are those of the distributions the tokens were sampled from.
+        The logits, without gradient, are those of `sampling_logits`.
         """
         group = group or PackedGroup(prompt, response_mask)
         targets = response_ids[response_mask]                                   # (T,)
@@ -661,7 +656,7 @@ def frame_attention(policy: Policy, prompt: EncodedPrompt, response_ids: Tensor,
     """
     last_layers = range(len(policy.language_model.layers))[-layers:]
     group = PackedGroup(prompt, response_mask, last_layers)
-    policy(prompt, response_ids, response_mask, group=group)
+    policy(prompt, response_ids, response_mask, group=group)    # FSDP gathers weights in forward
     return torch.stack(group.frame_attention).mean(0) * response_mask[..., None]
 
 
@@ -682,7 +677,8 @@ def pool_attention(attentions: tuple, frame_of_token: Tensor, layers: int = 3) -
 
 
 def dummy_rollout(model) -> Rollout:
-    """The smallest group that a policy can take: one prompt token, one response of one token."""
+    """The smallest group that a policy can take, one prompt token and one response of one token:
+    for a process that has none of its own when others compute theirs together."""
     ids = end_token_ids(model)[:1]                                              # (1,)
     zeros = torch.zeros(1, 1, device=model.device)
     prompt = EncodedPrompt(input_ids=ids, positions=ids.new_zeros(3, 1), next_position=1,
@@ -759,10 +755,10 @@ class RunFolder:
         self.unreadable = 0     # samples that could not be read
         self.not_finite: list[list[str]] = []   # samples of the last steps with a bad gradient
         self.checkpoint: Path | None = None     # to resume from
-        model = Path(settings["model"]).resolve()
+        model = Path(settings["model"])
         if settings["resume"]:
             self.find_checkpoint(may_differ)
-        elif self.path.resolve() in (model, *model.parents):
+        elif model.exists() and model.resolve().is_relative_to(self.path.resolve()):
             raise RunError(f"--output {self.path} holds the model {settings['model']}, and a new "
                            "run moves it aside; give another --output")
 
@@ -818,7 +814,7 @@ class RunFolder:
             if not log.exists():
                 continue
             before = []
-            if self.checkpoint is not None:     # otherwise step 0 is done again, too
+            if self.checkpoint is not None:     # otherwise also what was measured before step 1
                 before = [record for record in read_log(log) if record["step"] <= self.step]
             cut.write_text("".join(json.dumps(record) + "\n" for record in before))
             cut.replace(log)
@@ -835,10 +831,7 @@ class RunFolder:
         if self.unreadable > 0.05 * max(100, self.position):
             raise RunError(f"{self.unreadable} of {self.position} samples could not be read, over "
                            f"5%; fix the videos listed in {self.path / 'skipped.jsonl'}")
-        if math.isfinite(grad_norm):
-            self.not_finite.clear()
-        else:
-            self.not_finite.append(sample_ids)
+        self.not_finite = [] if math.isfinite(grad_norm) else [*self.not_finite, sample_ids]
         if len(self.not_finite) == 3:
             raise RunError("the gradient was not finite in 3 steps in a row; look at the samples "
                            f"{self.not_finite}, or lower the learning rate")
@@ -953,14 +946,14 @@ def stop_signals() -> Iterator[StopRequest]:
             signal.raise_signal(number)
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.getsignal(number) for number in numbers]
-    for number, handler in zip(numbers, before):
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
         if handler != signal.SIG_IGN:       # under nohup a run outlives its terminal
             signal.signal(number, on_signal)
     try:
         yield stop
     finally:
-        for number, handler in zip(numbers, before):
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
@@ -1011,7 +1004,7 @@ def tiny_model(texts: list[str], seed: int = 0):
         text_config=text_config, vision_config=vision_config, tie_word_embeddings=True,
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
-        appo_built_in=True)     # its own settings go with it
+        appo_built_in=True)     # for load_model, and the defaults of a tiny model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = transformers.Qwen2_5_VLForConditionalGeneration._from_config(config)
@@ -1047,20 +1040,19 @@ def align_vision(model, lessons: list, steps: int = 60) -> None:
     """The vision tower learns to say what each visual token shows. Without it, nothing is
     learned."""
     embed_tokens = model.model.language_model.embed_tokens
-    parameters = [*model.model.visual.parameters(), *embed_tokens.parameters()]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(parameters, lr=2e-3)
+    learning = nn.ModuleList([model.model.visual, embed_tokens]).requires_grad_(True)
+    optimizer = torch.optim.AdamW(learning.parameters(), lr=2e-3)
     batches = batches_of(len(lessons), 16)
     for _ in tqdm(range(steps), desc="warm-up: vision"):
         batch = [lessons[number] for number in next(batches)]
         grids = torch.tensor([grid for lesson in batch for grid in lesson.prompt.video_grids])
         patches = torch.cat([lesson.prompt.patches for lesson in batch])
         embeds = model.model.visual(patches, grid_thw=grids).pooler_output
+        # The shape and the colour that each visual token shows, or padding.
         words = torch.cat([lesson.token_words for lesson in batch])     # (visual tokens, 2)
         log_probs = (embeds @ embed_tokens.weight.mT).log_softmax(-1).gather(-1, words)
         empty = words == model.generation_config.pad_token_id
-        weights = torch.where(empty, 0.3, 1.0)      # three of four cells are empty
+        weights = torch.where(empty, 0.3, 1.0)      # three of four visual tokens show nothing
         loss = -(log_probs * weights).sum() / weights.sum()
         loss.backward()
         optimizer.step()
