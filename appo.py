@@ -620,10 +620,13 @@ def train(s: Settings, reward: Callable = data.task_reward,
     """
     rank, world, device = model_utils.init_processes()
     if rank == 0:
-        prepare_built_in(s)         # does nothing if the model and the data are the user's own
+        make_built_in_data(s)       # nothing, if the data are the user's own
     dist.barrier()
     # The data come before the model, so that errors in them surface early.
     samples, held_out = load_samples(s, s.data), load_samples(s, s.eval_data)
+    if rank == 0:
+        make_built_in_model(s)      # nothing, if the model is the user's own
+    dist.barrier()
     steps = s.steps or math.ceil(s.epochs * len(samples) / s.prompts_per_step)
     # With --resume, the folder's step and position are those of its newest checkpoint.
     folder = model_utils.RunFolder(s.output, asdict(s), may_differ=may_differ(s))
@@ -938,16 +941,18 @@ def score_held_out(run: Run, samples: list[data.Sample], reader: data.VideoReade
     return [record]
 
 
-def prepare_built_in(s: Settings) -> None:
-    """Create the missing parts of the built-in task: videos with annotations, and the tiny model.
-
-    With random weights every reward would be 0, so the model is first trained with supervision, up
-    to about two correct answers in five.
-    """
+def make_built_in_data(s: Settings) -> None:
+    """The videos and annotations of the built-in task, if they are missing and used."""
     folder = Path(s.toy_folder)
     if s.data == str(folder / "train.json"):
         data.make_toy_data(folder)
-    if s.model != str(folder / "model") or (folder / "model" / "config.json").exists():
+
+
+def make_built_in_model(s: Settings) -> None:
+    """The tiny model, if it is missing and used. With random weights every reward would be 0, so it
+    is first trained with supervision, up to about two correct answers in five."""
+    folder = Path(s.toy_folder) / "model"
+    if s.model != str(folder) or (folder / "config.json").exists():
         return
     torch.set_num_threads(1)    # operations this small mostly wait for other threads
     texts = data.toy_vocabulary()
@@ -955,7 +960,7 @@ def prepare_built_in(s: Settings) -> None:
     prompts = {}
     for n in range(128):
         rng = random_numbers(s.seed, HELD_OUT, n)
-        prompts[n], *_ = data.toy_prompt(rng, tokenizer, true_frame=n % 8)
+        prompts[n], _ = data.toy_prompt(rng, tokenizer, true_frame=n % 8)
 
     def new_model(attempt: int):
         """Other random weights in each attempt, as some do not learn."""
@@ -969,10 +974,10 @@ def prepare_built_in(s: Settings) -> None:
 
     stages = data.toy_stages(tokenizer, s.seed)
     model = model_utils.warm_up(new_model, stages, measure)
-    model_utils.save_checkpoint(folder / "model", model, tokenizer, source=None)
+    model_utils.save_checkpoint(folder, model, tokenizer, source=None)
     # Other tools read the picture settings from this file.
     pictures = data.picture_settings(TINY["min_pixels"], TINY["max_pixels"])
-    (folder / "model" / "preprocessor_config.json").write_text(json.dumps(pictures, indent=1))
+    (folder / "preprocessor_config.json").write_text(json.dumps(pictures, indent=1))
 
 
 # -------------------------------------------------------------------------------- the command line

@@ -25,6 +25,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import cache, cached_property
+from itertools import chain, islice, pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from string import ascii_uppercase as LETTERS
@@ -58,7 +59,7 @@ class Sample:
     question: str
     options: list[str]  # words without letters; [] if there is no choice
     answer: str  # "A".. for choice and grounding, a number as text for number
-    kind: str  # "choice", "number", "grounding" (choice with time spans), "description" (no score)
+    kind: str  # "choice", "number", "grounding" (choice with time spans), or a caller's
     video: str | None = None
     image: str | None = None
     missing: list[str] = field(default_factory=list)  # paths not found; video or image is None
@@ -77,11 +78,8 @@ LETTERED = re.compile(r"(?:\(([A-Z])\)|([A-Z])[.):])\s*(.*)", re.DOTALL)  # "A. 
 
 def clean(value) -> str:
     """A text without spaces at its ends; "" for a value that is not text in valid Unicode."""
-    if not isinstance(value, str):
-        return ""
-    if not value.isascii() and SURROGATE.search(value):
-        return ""
-    return value.strip()
+    is_text = isinstance(value, str) and (value.isascii() or not SURROGATE.search(value))
+    return value.strip() if is_text else ""
 
 
 @dataclass(slots=True)
@@ -102,7 +100,7 @@ class Record:
 
     def text(self, name: str, default: str | None = None) -> str:
         value = self.fields.get(name)
-        text = clean(str(value) if type(value) is int else value) or default
+        text = clean(str(value) if type(value) in (int, float) else value) or default
         self.check(text is not None, name, "missing or no text; write a non-empty string of valid "
                    "Unicode")
         return text
@@ -196,7 +194,8 @@ def counted_choice(record: Record, options: list[str], answer: str, group: str,
 def read_next_gqa(record: Record) -> Sample:
     options = record.options("options")
     try:
-        spans = [(float(start), float(end)) for start, end in record.fields.get("time_clues")]
+        # the sum fails for text
+        spans = [(0.0 + start, 0.0 + end) for start, end in record.fields.get("time_clues")]
     except (TypeError, ValueError, OverflowError):
         spans = []
     ordered = spans and all(start <= end < 1e9 for start, end in spans)
@@ -216,6 +215,7 @@ def read_seed_bench_r1(record: Record) -> Sample:
     source = record.text("video_source")
     progress = record.fields.get("task_progress_metadata")
     record.check(isinstance(progress, list), "task_progress_metadata", "no list; write one")
+    # At the start of a task there is a picture only, and the duration is 0.
     video = f"videos/{source}/{record.text('video_basename')}" if progress else None
     level = re.search("L[123]", record.path.stem)
     return Sample(record.id, record.text("question"), options, answer, "choice", video=video,
@@ -240,7 +240,7 @@ def shuffled_options(record: Record) -> tuple[list[str], str]:
 
 
 def read_perception_test(record: Record) -> Sample | None:
-    if "problem" in record.fields:
+    if "problem" in record.fields:  # with benchmark="perception_test" only, see `reader_of`
         return read_video_r1(record)
     return counted_choice(record, record.options("options"), "answer_id", "area",
                           video=f"{record.text('video_name')}.mp4")
@@ -369,7 +369,7 @@ def names_in(folder: str) -> set[str]:
 
 
 class FileFinder:
-    """Looks paths up by their text only: data sets may hold symbolic links."""
+    """Finds the files of a data set, which may hold symbolic links."""
 
     def __init__(self, root: str | None):
         self.root = root
@@ -382,9 +382,13 @@ class FileFinder:
 
     @cached_property
     def path_of_name(self) -> dict[str, str | None]:
-        """Of the whole tree, walked once, if something is not found without."""
-        paths = {}
-        for folder, _, _ in os.walk(self.root, followlinks=True):
+        """Of the whole tree, which is walked once, when the first file is not at its path."""
+        paths, walked = {}, set()
+        for folder, folders, _ in os.walk(self.root, followlinks=True):
+            if os.path.realpath(folder) in walked:  # by a link, perhaps to a folder above
+                folders.clear()
+                continue
+            walked.add(os.path.realpath(folder))
             for name in self.names_in(folder + "/"):
                 # Of two of one name neither: it may be another video.
                 paths[name] = None if name in paths else os.path.join(folder, name)
@@ -598,7 +602,7 @@ def resize_frames(frames: Tensor, min_pixels: int, max_pixels: int) -> Tensor:
     size = resized_size(*frames.shape[-2:], min_pixels, max_pixels)
     if size == tuple(frames.shape[-2:]):
         return frames
-    # On uint8, as Qwen's processor: on floats the result would differ by up to 0.15.
+    # On uint8, as Qwen's processor: on floats it would differ by up to 0.15 in the patches.
     return F.interpolate(frames, size=size, mode="bicubic", antialias=True)
 
 
@@ -649,13 +653,8 @@ def mask_patches(patches: Tensor, grids: list[Grid],
     """
     black = (-per_channel(PIXEL_MEAN) / per_channel(PIXEL_STD)).flatten()  # pixel value 0
     black = black.repeat_interleave(2 * PATCH * PATCH)  # (1176,)
-    masked = patches.clone()
-    start = 0
-    for t, h, w in grids:
-        blackened = torch.from_numpy(rng.random(h * w) < 0.6).repeat(t)  # (t*h*w,)
-        masked[start + blackened.nonzero().flatten()] = black
-        start += t * h * w
-    return masked
+    blackened = [torch.from_numpy(rng.random(h * w) < 0.6).repeat(t) for t, h, w in grids]
+    return torch.where(torch.cat(blackened)[:, None], black, patches)
 
 
 @dataclass
@@ -715,7 +714,7 @@ def serve_decoder() -> None:
         hard_limit = resource.getrlimit(resource.RLIMIT_DATA)[1]
         # 4 GiB: a 16K frame fits, a decompression bomb does not.
         resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, hard_limit))
-    connection = Connection(0)
+    connection = Connection(0)  # standard input, see `Decoder`
     with suppress(EOFError, ConnectionError):
         connection.send("ready")
         while True:
@@ -753,7 +752,7 @@ class Decoder:
         reply, late = None, False
         with suppress(EOFError, OSError):
             self.connection.send((asdict(sample), settings, timeout))
-            late = not self.connection.poll(timeout + 1)  # it ends itself before, unless stopped
+            late = not self.connection.poll(timeout + 1)  # before that it ends itself
             if not late:
                 reply = self.connection.recv()
         if reply is None:
@@ -799,7 +798,7 @@ class VideoReader:
         decoder = self._decoders.get(thread)
         if decoder is None or decoder.process.poll() is not None:
             decoder = self._decoders[thread] = Decoder()
-            if self._closed:  # close() may have come too early for this process
+            if self._closed:  # close() came too early for this process, so it never is ready
                 decoder.end()
             decoder.wait_until_ready()
         return decoder.read(sample, self.settings, self.timeout)
@@ -893,15 +892,6 @@ def build_prompt(sample: Sample, visual: Visual, tokenizer) -> Prompt:
                   frame_of_token=torch.tensor(frame_of_token), num_frames=num_frames)
 
 
-def read_prompts(reader: VideoReader, samples: dict[int, Sample], size: int, tokenizer,
-                 max_tokens: int) -> Iterator[tuple[dict[int, Prompt], list[dict]]]:
-    """What `build_prompts` returns for the samples, `size` at a time, decoded ahead."""
-    numbered = list(samples.items())
-    batches = [dict(numbered[start:start + size]) for start in range(0, len(numbered), size)]
-    for batch in read_ahead(reader, batches):
-        yield build_prompts(batch, tokenizer, max_tokens)
-
-
 def read_ahead(reader: VideoReader, batches: Iterable[dict[int, Sample]]
                ) -> Iterator[dict[int, tuple[Sample, Future]]]:
     """Batches {position: sample} -> {position: (sample, its Visual to come)}.
@@ -909,17 +899,10 @@ def read_ahead(reader: VideoReader, batches: Iterable[dict[int, Sample]]
     Each batch is decoded while the caller works on the one before, and the first one from this call
     on. The position is the caller's name for the sample's place.
     """
-    def submit(batch: dict[int, Sample]) -> dict[int, tuple[Sample, Future]]:
-        return {at: (sample, reader.submit(sample)) for at, sample in batch.items()}
-
-    def deliver(coming):
-        while coming is not None:
-            following = next(submitted, None)
-            yield coming
-            coming = following
-
-    submitted = map(submit, batches)
-    return deliver(next(submitted, None))
+    submitted = ({position: (sample, reader.submit(sample)) for position, sample in batch.items()}
+                 for batch in batches)
+    first = list(islice(submitted, 1))
+    return (batch for batch, _ in pairwise(chain(first, submitted, [None])))
 
 
 def build_prompts(batch: dict[int, tuple[Sample, Future]], tokenizer,
@@ -948,6 +931,15 @@ def build_prompts(batch: dict[int, tuple[Sample, Future]], tokenizer,
     return prompts, skipped
 
 
+def read_prompts(reader: VideoReader, samples: dict[int, Sample], size: int, tokenizer,
+                 max_tokens: int) -> Iterator[tuple[dict[int, Prompt], list[dict]]]:
+    """What `build_prompts` returns for {position: sample}, `size` at a time, decoded ahead."""
+    numbered = list(samples.items())
+    batches = [dict(numbered[start:start + size]) for start in range(0, len(numbered), size)]
+    for batch in read_ahead(reader, batches):
+        yield build_prompts(batch, tokenizer, max_tokens)
+
+
 # ------------------------------------------------- rewards, in linear time whatever the response is
 
 def element_text(text: str, tag: str) -> str | None:
@@ -960,6 +952,7 @@ def element_text(text: str, tag: str) -> str | None:
 
 
 def plain_words(text: str) -> str:
+    """For comparisons: without case, a full stop at the end, and more than one space."""
     return " ".join(text.split()).rstrip(" .").casefold()
 
 
@@ -981,12 +974,13 @@ def match_choice(text: str, options: list[str]) -> int | None:
     return same[0] if text and len(same) == 1 else None
 
 
+# at least one digit, perhaps with thousands' commas, a fraction and an exponent
 NUMBER = re.compile(r"[+-]?(?=\.?[0-9])(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]*)?"
                     r"(?:[eE][+-]?[0-9]{1,3})?")
 
 
 def parse_number(text: str) -> float | None:
-    """The number that a text starts with, in ASCII digits and finite; a unit may follow
+    """The number that a text starts with, in ASCII digits and finite; other words may follow it
     ("12.5 meters")."""
     first, *_ = text.split(None, 1) or [""]
     digits = first.rstrip(".%")
@@ -1039,9 +1033,7 @@ def parse_spans(text: str) -> list[Span]:
     spans = []
     for piece in re.split(r"[,;\n]|\band\b", text.lower()):
         piece = " ".join(piece.split()).lstrip(" [({").rstrip(" ])}.")
-        if len(piece) > 60:  # the cost of a short piece is bounded
-            continue
-        match = SPAN.fullmatch(piece)
+        match = len(piece) <= 60 and SPAN.fullmatch(piece)  # a short piece has a bounded cost
         if match and float(match[1]) < float(match[2]):
             spans.append((float(match[1]), float(match[2])))
     return spans
@@ -1069,7 +1061,7 @@ def temporal_iou(pred_spans, label_spans, duration: float) -> tuple[float, float
         return 0.0, 0.0
     label = union_length(label_spans, duration)
     either = union_length([*pred_spans, *label_spans], duration)
-    both = max(0.0, pred + label - either)
+    both = min(pred, max(0.0, pred + label - either))
     return both / either, both / pred
 
 
@@ -1091,7 +1083,7 @@ def score_response(response: str, sample: Sample) -> dict[str, float]:
     scores = {"accuracy": accuracy, "format": format_reward(response, sample)}
     if sample.kind == "grounding":
         iou, iop = grounding_scores(response, sample)
-        scores |= {"iou": iou, "iop": iop, "acc_gqa": float(accuracy == 1 and iop >= 0.5)}
+        scores |= {"iou": iou, "iop": iop, "acc_gqa": float(accuracy == 1 and iop > 0.5 - 1e-9)}
     return scores
 
 
@@ -1108,6 +1100,7 @@ def task_reward(response: str, sample: Sample) -> tuple[float, float, float]:
 # ------------------------------------------------------------------------------ the built-in task
 
 OUTLINES = {  # x to the right, y down, from -1 to 1 over a quarter of the picture
+    # five points: the radius falls and rises with the angle
     "star": lambda x, y: np.hypot(x, y) < 0.4 + 0.6 * (
         1 - 2 * np.abs((np.arctan2(x, -y) * 2.5 / np.pi + 0.5) % 1 - 0.5)) ** 2,
     "circle": lambda x, y: np.hypot(x, y) < 0.7,
@@ -1122,7 +1115,8 @@ RGB = {"red": (220, 50, 50), "green": (50, 190, 70), "blue": (60, 90, 230),
        "yellow": (230, 210, 60)}
 TOY_SHAPES, TOY_COLOURS = tuple(OUTLINES), tuple(RGB)
 # What a model says before it comes to the point: at each of 24 places one of four words. No reward
-# depends on them, but each has to be predicted, so they bring noise into the gradient.
+# depends on them, so in the gradient they are noise, as much of a real model's reasoning is. A
+# weighting of tokens can show here what it is good for.
 TOY_FILLER = [words.split("/") for words in (
     "okay/so/well/now i/we/you/one should/must/can/will carefully/slowly/patiently/calmly "
     "watch/view/study/check this/that/our/your short/brief/little/small video/clip/film/movie "
@@ -1133,30 +1127,30 @@ TOY_FILLER = [words.split("/") for words in (
     "asked/wanted/requested/required here/today/below/above").split()]
 TOY_PIXELS = 56 * 56
 
-def toy_plan(rng: np.random.Generator) -> tuple[list[str], list[str], list[int]]:
-    """(shapes, colours, cells) that the 8 visual frames show: each shape once, and each colour
+def toy_plan(rng: np.random.Generator) -> list[tuple[str, str, int]]:
+    """(shape, colour, cell) that each of 8 visual frames shows: each shape once, and each colour
     twice, so that no colour is the better guess."""
-    shapes = [TOY_SHAPES[i] for i in rng.permutation(8)]
-    colours = [TOY_COLOURS[i % 4] for i in rng.permutation(8)]
-    return shapes, colours, rng.integers(4, size=8).tolist()
+    shapes, colours = rng.permutation(8), rng.permutation(8) % 4
+    cells = rng.integers(4, size=8).tolist()
+    return [(TOY_SHAPES[s], TOY_COLOURS[c], cell) for s, c, cell in zip(shapes, colours, cells)]
 
 
-def toy_video(rng: np.random.Generator) -> tuple[Tensor, list[str], list[str], list[int]]:
-    """One built-in video: (sampled frames uint8 (16, 3, 56, 56), shapes, colours, cells (8 each)).
+def toy_video(rng: np.random.Generator) -> tuple[Tensor, list[tuple[str, str, int]]]:
+    """One built-in video: (sampled frames uint8 (16, 3, 56, 56), its `toy_plan`).
 
-    Entry f of the lists is visual frame f: sampled frames 2f and 2f + 1, equal but for noise of 20
+    Entry f of the plan is visual frame f: sampled frames 2f and 2f + 1, equal but for noise of 20
     grey levels. It shows one shape, in cell c at row c // 2, column c % 2, which is visual token
     4 * f + c of the video.
     """
-    shapes, colours, cells = toy_plan(rng)
+    plan = toy_plan(rng)
     frames = np.full((8, 1, 56, 56, 3), 60.0)
     y, x = np.mgrid[:28, :28] / 13.5 - 1
-    for frame, (shape, colour, cell) in enumerate(zip(shapes, colours, cells)):
+    for frame, (shape, colour, cell) in enumerate(plan):
         top, left = 28 * (cell // 2), 28 * (cell % 2)
         frames[frame, 0, top:top + 28, left:left + 28][OUTLINES[shape](x, y)] = RGB[colour]
     frames = frames + 20 * rng.standard_normal((8, 2, 56, 56, 3))
     frames = frames.reshape(16, 56, 56, 3).round().clip(0, 255).astype(np.uint8)
-    return torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous(), shapes, colours, cells
+    return torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous(), plan
 
 
 def toy_sample(shape: str, colour: str, frame: int | None = None) -> Sample:
@@ -1179,7 +1173,7 @@ def toy_response(shape: str, colour: str, rng: np.random.Generator, filler: bool
 def toy_vocabulary() -> list[str]:
     """Texts with every word of the built-in prompts and responses."""
     prompts = [prompt_text(toy_sample(shape, "red"), None) for shape in TOY_SHAPES]
-    return [*prompts, *TOY_COLOURS, *(" ".join(words) for words in TOY_FILLER)]
+    return [*prompts, *(" ".join(words) for words in TOY_FILLER)]
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -1192,7 +1186,7 @@ def write_whole(path: Path, content: bytes) -> None:
 def write_y4m(path, frames: Tensor, fps: float) -> None:
     """Writes uint8 RGB (T, 3, H, W) as YUV4MPEG2, a video format that needs no encoder. Reading it
     back gives the same within 2 grey levels."""
-    count, _, height, width = frames.shape
+    height, width = frames.shape[2:]
     rate = Fraction(fps).limit_denominator(1001)
     header = f"YUV4MPEG2 W{width} H{height} F{rate.numerator}:{rate.denominator} Ip A1:1 C444\n"
     red, green, blue = frames.double().unbind(1)                                # (T, H, W)
@@ -1222,10 +1216,11 @@ def make_toy_data(folder, videos: tuple[int, int] = (128, 32), questions: int = 
             path = f"videos/{name}_{seed}_{number:05d}.y4m"
             if not (folder / path).exists():
                 write_y4m(folder / path, toy_video(np.random.default_rng(key))[0], 1)
-            shapes, colours, _ = toy_plan(np.random.default_rng(key))
+            plan = toy_plan(np.random.default_rng(key))  # as in toy_video
             requested = np.random.default_rng([*key, 1]).permutation(8)[:questions]
             for frame in requested.tolist():
-                sample = toy_sample(shapes[frame], colours[frame])
+                shape, colour, _ = plan[frame]
+                sample = toy_sample(shape, colour)
                 records.append(dict(
                     problem_id=len(records), problem=sample.question, data_type="video",
                     problem_type="multiple choice", path=path, data_source="built-in",
@@ -1239,59 +1234,51 @@ def make_toy_data(folder, videos: tuple[int, int] = (128, 32), questions: int = 
 
 @dataclass
 class Lesson:
-    """Supervision for the built-in model: a video, a question about each of its 8 visual frames,
-    and the responses."""
+    """Supervision for the built-in model: a video, and for each of its 8 visual frames a row, the
+    question about it and the response."""
     prompt: Prompt  # up to the end of the video
     token_words: Tensor  # int64 (visual tokens, 2): shape and colour that a token shows, or padding
-    response_ids: Tensor  # (8, R): the rest of the prompts, then the responses
-    response_mask: Tensor  # bool (8, R)
-    target_mask: Tensor  # bool (8, R): the responses only
+    row_ids: Tensor  # int64 (8, R): the rest of the prompt, then the response
+    row_mask: Tensor  # bool (8, R)
+    target_mask: Tensor  # bool (8, R): the response only
 
 
 def toy_prompt(rng: np.random.Generator, tokenizer,
-               true_frame: int = 0) -> tuple[Prompt, list[str], list[str], list[int]]:
-    """(prompt, shapes, colours, cells): a built-in video that is in no file, and the question about
-    one of its visual frames."""
-    frames, shapes, colours, cells = toy_video(rng)
+               true_frame: int = 0) -> tuple[Prompt, list[tuple[str, str, int]]]:
+    """(prompt, plan): a built-in video that is in no file, and the question about one of its visual
+    frames."""
+    frames, plan = toy_video(rng)
     patches, grid = frames_to_patches(frames, TOY_PIXELS, TOY_PIXELS)
-    sample = toy_sample(shapes[true_frame], colours[true_frame], true_frame)
+    shape, colour, _ = plan[true_frame]
     visual = Visual(patches, [grid], [], [2.0], 16.0, 16)
-    return build_prompt(sample, visual, tokenizer), shapes, colours, cells
+    return build_prompt(toy_sample(shape, colour, true_frame), visual, tokenizer), plan
 
 
 def toy_lessons(tokenizer, count: int, seed: int, **wording) -> list[Lesson]:
     """Lessons about `count` videos that are in neither train.json nor test.json. For the wording
     see `toy_response`."""
-    endings = {}  # of the prompts, after the video: all prompts about a shape are alike there
-    for frame in range(8):
-        prompt, shapes, _, _ = toy_prompt(np.random.default_rng(0), tokenizer, frame)
-        video_tokens = (prompt.frame_of_token >= 0).nonzero()
-        shared = int(video_tokens.max()) + 2  # through the video and its end mark
-        endings[shapes[frame]] = prompt.input_ids[shared:].tolist()
-    rngs = [np.random.default_rng([seed, 2, number]) for number in range(count)]
-    return [toy_lesson(tokenizer, rng, endings, shared, **wording) for rng in rngs]
+    return [toy_lesson(tokenizer, np.random.default_rng([seed, 2, number]), **wording)
+            for number in range(count)]
 
 
-def toy_lesson(tokenizer, rng: np.random.Generator, endings: dict[str, list[int]],
-               shared: int, **wording) -> Lesson:
-    prompt, shapes, colours, cells = toy_prompt(rng, tokenizer)
+def toy_lesson(tokenizer, rng: np.random.Generator, **wording) -> Lesson:
+    prompt, plan = toy_prompt(rng, tokenizer)
+    video = tokenizer.convert_tokens_to_ids("<|video_pad|>")
+    token_words = torch.full((8, 4, 2), tokenizer.pad_token_id)  # (frame, cell, 2)
+    rows, targets = [], []
+    for frame, (shape, colour, cell) in enumerate(plan):
+        token_words[frame, cell] = torch.tensor(tokenizer.convert_tokens_to_ids([shape, colour]))
+        chat = chat_tokens(toy_sample(shape, colour), prompt, tokenizer)
+        question = chat[chat.index(video) + 2:]  # after the video and its end mark
+        response = tokenizer(toy_response(shape, colour, rng, **wording))["input_ids"]
+        rows.append(torch.tensor([*question, *response, tokenizer.eos_token_id]))
+        targets.append(torch.arange(len(rows[-1])) >= len(question))
+    masks = [torch.ones(len(row), dtype=torch.bool) for row in rows]
+    shared = int((prompt.frame_of_token >= 0).nonzero().max()) + 2
     prompt = replace(prompt, input_ids=prompt.input_ids[:shared],
                      frame_of_token=prompt.frame_of_token[:shared])
-    token_words = torch.full((8, 4, 2), tokenizer.pad_token_id)  # (frame, cell, 2)
-    rows = []
-    target_rows = []
-    for frame, (shape, colour) in enumerate(zip(shapes, colours)):
-        words = tokenizer.convert_tokens_to_ids([shape, colour])
-        token_words[frame, cells[frame]] = torch.tensor(words)
-        response = tokenizer(toy_response(shape, colour, rng, **wording))["input_ids"]
-        response = response + [tokenizer.eos_token_id]
-        ending = endings[shape]
-        rows.append(torch.tensor(ending + response))
-        target_rows.append(torch.tensor([False] * len(ending) + [True] * len(response)))
-    mask_rows = [torch.ones(len(row), dtype=torch.bool) for row in rows]
-    return Lesson(prompt, token_words.flatten(0, 1), pad_sequence(rows, batch_first=True),
-                  pad_sequence(mask_rows, batch_first=True),
-                  pad_sequence(target_rows, batch_first=True))
+    padded = [pad_sequence(tensors, batch_first=True) for tensors in (rows, masks, targets)]
+    return Lesson(prompt, token_words.flatten(0, 1), *padded)
 
 
 @dataclass

@@ -56,24 +56,33 @@ def explained(message: str):
     """A folder that cannot be used is an error of one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise RunError(f"{message} ({reason})") from None
 
 
+def usable(name: str):
+    return explained(f"{name}: no usable model; give a model folder")
+
+
+def process_device() -> torch.device:
+    return model_utils.init_processes()[2]
+
+
 def load_model(name: str):
-    _, _, device = model_utils.init_processes()
-    return model_utils.load_model(name, device)
+    return model_utils.load_model(name, process_device())
 
 
 def read_task(arguments: list[str], benchmark: str | None = None):
     """(settings, samples) by appo.py's options; without --data the built-in task's held-out
     questions. Missing videos are listed, and are an error unless --skip_missing."""
     s = appo.parse_settings(arguments, "evaluate.py")
-    appo.prepare_built_in(s)
+    appo.make_built_in_data(s)
     s.data = s.eval_data or s.data
     samples = data.load_samples(s.data, s.video_root, benchmark)
-    return s, data.with_files(samples, s.data, s.skip_missing)
+    samples = data.with_files(samples, s.data, s.skip_missing)
+    appo.make_built_in_model(s)     # errors in the data come first
+    return s, samples
 
 
 def read_prompts(samples: list[data.Sample], tokenizer, s: appo.Settings):
@@ -91,7 +100,8 @@ def evaluation_decoding(prompts: list, vocabulary: int,
     With a single candidate (top-k 1) temperature and top-p change nothing: the choice is the argmax
     of the penalised logits. The penalty divides the positive and multiplies the negative logits of
     every token that occurs in the prompt or in the response so far.
-    Returns choose(logits (B, V), ids (B, 1 + R)) -> ids (B,).
+    Returns choose(logits (B, V), ids (B, 1 + R)) -> ids (B,); as in `rollout`, places of `ids` that
+    are still to come repeat the last prompt token.
     """
     device = prompts[0].input_ids.device
     in_prompt = torch.zeros(len(prompts), vocabulary, dtype=torch.bool, device=device)
@@ -113,8 +123,8 @@ def respond(model, tokenizer, prompts: dict[int, data.Prompt], s: appo.Settings)
         return {}
     encoded = model_utils.encode_prompts(model, list(prompts.values()))
     choose = evaluation_decoding(encoded, model.config.text_config.vocab_size)
-    not_used = torch.zeros(len(prompts), 1, s.max_new_tokens)
-    rollouts = model_utils.rollout(model, encoded, not_used, attention_layers=0, choose=choose,
+    sizes = torch.zeros(len(prompts), 1, s.max_new_tokens)      # nothing is drawn with `choose`
+    rollouts = model_utils.rollout(model, encoded, sizes, attention_layers=0, choose=choose,
                                    cuda_graph=s.cuda_graph)
     responses = {}
     for number, rollout in zip(prompts, rollouts):
@@ -129,7 +139,8 @@ def respond(model, tokenizer, prompts: dict[int, data.Prompt], s: appo.Settings)
 
 COLUMNS = {"accuracy": "accuracy (greedy)", "format": "format", "iou": "mIoU", "iop": "mIoP",
            "acc_gqa": "Acc@GQA"}
-# What responses depend on. A run that was stopped continues only with the same.
+# What responses depend on (on the seed by the built-in model). A run that was stopped continues
+# only with the same.
 FIXED = ("model", "data", "fps", "max_frames", "min_pixels", "max_pixels", "max_new_tokens",
          "max_prompt_tokens", "seed")
 
@@ -177,7 +188,7 @@ def open_scores(output: Path, settings: dict) -> list[dict]:
     that it could not read are tried again."""
     output.mkdir(parents=True, exist_ok=True)
     summary, responses = output / "summary.json", output / "responses.jsonl"
-    earlier = settings
+    earlier = {} if responses.exists() else settings
     with explained(f"{output}: cannot be continued; give another --output"):
         if summary.exists():
             earlier = json.loads(summary.read_text())["settings"]
@@ -267,8 +278,8 @@ def read_accuracy(folder: str) -> dict[tuple, float]:
     if not path.is_file():
         raise RunError(f"{path}: no such file; give a folder written by `evaluate.py score`")
     with explained(f"{path}: damaged; score again"):
-        scored = [record for record in model_utils.read_log(path) if "accuracy" in record]
-    return {(record["id"], record["question"]): record["accuracy"] for record in scored}
+        return {(record["id"], record["question"]): record["accuracy"]
+                for record in model_utils.read_log(path) if "accuracy" in record}
 
 
 def compare(options) -> None:
@@ -305,6 +316,7 @@ def attention(options) -> None:
     """What each token of a sampled response attends to, and the crucial frames of its group."""
     s, samples = read_task(options.rest)
     with_video = [sample for sample in samples if sample.video]
+    # an id is "test.json:3"
     matching = [sample for sample in with_video if f":{sample.id}".endswith(f":{options.sample}")]
     if not matching:
         raise RunError(f"--sample {options.sample}: {s.data} has no such record with a video; "
@@ -333,7 +345,7 @@ def draw_attention(panels: list[tuple], output: str) -> None:
     prompt = panels[0][-1].prompt
     F, R = prompt.num_frames, max(len(words) for _, words, *_ in panels)
     # the first of the two sampled frames that the vision tower merges stands for both
-    patches = prompt.patches[:math.prod(prompt.video_grids[0])]             # without a picture's
+    patches = prompt.patches[:math.prod(prompt.video_grids[0])]     # those of a picture come after
     frames = data.patches_to_frames(patches, prompt.video_grids[0])[::2]           # (F, 3, h, w)
     strip = frames.permute(2, 0, 3, 1).flatten(1, 2).numpy()                       # (h, F * w, 3)
     width = max(4.5, 0.55 * F)                                                     # inches
@@ -372,6 +384,12 @@ def read_run(folder: Path) -> tuple[dict, dict]:
     return settings, metrics
 
 
+def short_name(value) -> str:
+    """Of a setting. Of paths the last part counts, or of a checkpoint the name of its run."""
+    paths = [Path(path.removesuffix("/checkpoint")) for path in str(value).split(",")]
+    return ",".join(path.name for path in paths)
+
+
 def label_runs(runs: list[dict]) -> list[str]:
     """A label for each run, from its settings; seeds of the same run share a label.
 
@@ -381,8 +399,7 @@ def label_runs(runs: list[dict]) -> list[str]:
     """
     labels = [run["algorithm"] for run in runs]
     for name in sorted(set().union(*runs) - FREE - {"algorithm"}):
-        # the name of a checkpoint is that of its run
-        values = [Path(str(run.get(name)).removesuffix("/checkpoint")).name for run in runs]
+        values = [short_name(run.get(name)) for run in runs]
         if len(set(values)) == 1:
             continue
         for i, run in enumerate(runs):
@@ -414,24 +431,21 @@ def curves(options) -> None:
     draw_curves(seeds, options.smooth, options.output)
 
 
-def draw_band(axes, label: str, lines: np.ndarray, spread: np.ndarray) -> None:
-    """The mean of lines (runs, steps), and a band of mean - spread to mean + spread, (steps,)."""
-    mean, steps = lines.mean(0), range(1, lines.shape[1] + 1)
-    axes.plot(steps, mean, label=label)
-    axes.fill_between(steps, mean - spread, mean + spread, alpha=0.2)
-    axes.grid(alpha=0.3)
-
-
-def draw_curves(runs: dict[str, list[dict]], window: int, output: str) -> None:
-    """runs: {label: [{metric: (steps,)} of each seed]}"""
+def draw_curves(runs: dict[str, list[dict]], window: int, output: str,
+                names=tuple(CURVES), of_mean: bool = False) -> None:
+    """runs: {label: [{metric: (steps,)} of each seed]}. The band is one standard deviation of the
+    seeds, or of their mean."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(15, 3), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(CURVES)), CURVES):
+    figure = Figure((3 * len(names) + 2, 3), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
         for label, seeds in runs.items():
             steps = min(len(metrics[name]) for metrics in seeds)
             lines = np.stack([smooth(metrics[name][:steps], window) for metrics in seeds])
-            draw_band(axes, f"{label} (runs: {len(seeds)})", lines, lines.std(0))
+            mean, spread = lines.mean(0), lines.std(0) / (len(lines) ** 0.5 if of_mean else 1)
+            axes.plot(range(1, steps + 1), mean, label=f"{label} (runs: {len(seeds)})")
+            axes.fill_between(range(1, steps + 1), mean - spread, mean + spread, alpha=0.2)
         axes.set(title=CURVES[name], xlabel="step")
+        axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     save_figure(figure, output)
 
@@ -447,7 +461,8 @@ def focus_difference(focused: Tensor, correct: Tensor, seconds: float) -> tuple[
     """How far apart in time correct and incorrect responses look: (bin of Tab. A, seconds).
 
     A response's focus time is the mean time of its K2 frames. The difference is that between the
-    means over the correct and over the incorrect responses; bin "0 s" where psi(S1) = psi(S2).
+    means over the correct and over the incorrect responses; bin "0 s" where both sets of responses
+    focus on the same frames.
     focused bool (G, F), correct bool (G,); seconds from a frame to the next.
     Example: 2 s per frame, correct {0, 1}, incorrect {3, 4}: |1 - 7| = 6 s, bin "6 to 9 s".
     """
@@ -494,8 +509,8 @@ DESCRIBE = ("Describe this video in detail, in the order in which things happen:
 
 def load_text_model(name: str):
     """An ordinary language model with a chat template."""
-    _, _, device = model_utils.init_processes()
-    with explained(f"{name}: no usable model; give a model folder"):
+    device = process_device()
+    with usable(name):
         pipeline = transformers.pipeline("text-generation", name, device=device,
                                          dtype=model_utils.compute_type(device))
     if pipeline.tokenizer.chat_template is None:
@@ -504,25 +519,22 @@ def load_text_model(name: str):
     return pipeline
 
 
-def answer_from_text(pipeline, sample: data.Sample, description: str, max_new_tokens: int) -> str:
-    """A text model's greedy answer to a question about a video that it knows by description."""
-    kind = "choice" if sample.kind == "grounding" else sample.kind
-    question = f"A video is described as follows.\n{description}\n\n{sample.question}"
-    text = data.prompt_text(replace(sample, kind=kind, question=question), None)
-    text = text.replace("<|", "< |")            # control tokens stay words, as in data.build_prompt
-    output = pipeline([{"role": "user", "content": text}], max_new_tokens=max_new_tokens,
-                      do_sample=False, repetition_penalty=DECODING["repetition_penalty"],
-                      return_full_text=False)
-    return output[0]["generated_text"]
-
-
-def answer(reasoning: str, samples: list[data.Sample], descriptions: dict[int, str],
-           max_new_tokens: int):
-    """Yields (number of the sample, a text model's answer). The model goes when all are given, so
-    that only one is in memory at a time."""
+def answers(reasoning: str, samples: list[data.Sample], descriptions: dict[int, str],
+            max_new_tokens: int):
+    """Yields (number of the sample, a text model's greedy answer to the question about a video that
+    it knows by description). The model goes when all are given, so that only one is in memory."""
     pipeline = load_text_model(reasoning)
     for n, description in tqdm(descriptions.items(), desc="answer"):
-        yield n, answer_from_text(pipeline, samples[n], description, max_new_tokens)
+        sample = samples[n]
+        # The prompt of grounding asks for times, and needs a video.
+        kind = "choice" if sample.kind == "grounding" else sample.kind
+        question = f"A video is described as follows.\n{description}\n\n{sample.question}"
+        text = data.prompt_text(replace(sample, kind=kind, question=question), None)
+        text = text.replace("<|", "< |")        # control tokens stay words, as in data.build_prompt
+        output = pipeline([{"role": "user", "content": text}], max_new_tokens=max_new_tokens,
+                          do_sample=False, return_full_text=False,
+                          repetition_penalty=DECODING["repetition_penalty"])
+        yield n, output[0]["generated_text"]
 
 
 def describe(samples: list[data.Sample], s: appo.Settings) -> dict[int, str]:
@@ -544,7 +556,7 @@ def decouple(options) -> None:
     """
     perceivers, reasoners = options.perception.split(","), options.reasoning.split(",")
     for name in reasoners:                      # a wrong name shows before the videos are described
-        with explained(f"{name}: no usable model; give a model folder"):
+        with usable(name):
             transformers.AutoConfig.from_pretrained(name)
     table = [["perception / reasoning", "videos", *reasoners]]
     with open(options.output, "w") as file:
@@ -554,7 +566,7 @@ def decouple(options) -> None:
             row = [perception, f"{len(descriptions)} of {len(samples)}"]
             for reasoning in reasoners:
                 accuracies = []
-                for n, response in answer(reasoning, samples, descriptions, s.max_new_tokens):
+                for n, response in answers(reasoning, samples, descriptions, s.max_new_tokens):
                     accuracy = data.accuracy_reward(response, samples[n])
                     accuracies.append(accuracy)
                     record = {"id": samples[n].id, "perception": perception,
@@ -569,8 +581,8 @@ def decouple(options) -> None:
 # ------------------------------------------------------------------------------------------ study
 
 # An arm is an algorithm and, after colons, changes: settings of appo.py; "again", other random
-# numbers in the rollouts (the null: what chance does); a control, which is another weighting of
-# tokens; and last "true_frame", which tells the weighting the frame that shows the answer.
+# numbers in the rollouts (the null: what chance does); one of CONTROLS, another weighting of
+# tokens; and last "true_frame", which tells that weighting the frame that shows the answer.
 ARMS = ("dapo,dapo:again,grpo,papo_d,appo,appo:strategy=hard,appo:strategy=all,appo:shuffled,"
         "appo:mean_one,appo:oracle")
 FIGURE_ARMS = ("dapo", "appo", "appo:shuffled", "appo:oracle")
@@ -627,8 +639,11 @@ def entropy(group: appo.Group, logits: Tensor, s: appo.Settings) -> Tensor:
 
 def true_frame(weigh: Callable, group: appo.Group, logits: Tensor, s: appo.Settings) -> Tensor:
     """A weighting for which the true frame is the only crucial one."""
+    frame = group.prompt.sample.crucial_frame
+    if frame is None:
+        raise RunError(f"{group.prompt.sample.id}: lacks a crucial_frame, which true_frame needs")
     true = torch.zeros_like(group.crucial)
-    true[group.prompt.sample.crucial_frame] = True
+    true[frame] = True
     return weigh(replace(group, crucial=true), logits, s)
 
 
@@ -641,8 +656,10 @@ def arm_settings(arm: str, seed: int, number: int, folder: Path,
     """(settings, weighting of tokens) of an arm; number: of the run; `rest` holds the study's
     options of appo.py."""
     algorithm, *changes = arm.split(":")
-    home, weigh, arguments = folder / f"seed-{seed}", appo.weigh_tokens, []
-    rollout_seed = seed + 1000 * number
+    home, weigh, arguments = folder / f"seed-{seed}", appo.weigh_tokens, [*rest]
+    if not any(argument.split("=")[0] == "--data" for argument in rest):
+        arguments += ["--data", f"{folder}/train.json", "--eval_data", f"{folder}/test.json"]
+    rollout_seed = seed + 1000 * number         # with "again" 500 more
     for change in changes:
         name, _, value = change.partition("=")
         if name in CONTROLS:
@@ -655,10 +672,9 @@ def arm_settings(arm: str, seed: int, number: int, folder: Path,
             arguments += [f"--{name}", value]
     output = home / (re.sub(r"[^\w.]+", "-", arm) + f"-{number}")
     s = appo.parse_settings([
-        "--save_every", "0", "--readers", "1", "--data", f"{folder}/train.json", "--eval_data",
-        f"{folder}/test.json", *rest, *arguments, "--algorithm", algorithm, "--seed", str(seed),
-        "--rollout_seed", str(rollout_seed), "--toy_folder", str(home), "--output", str(output)],
-        "evaluate.py")
+        "--save_every", "0", "--readers", "1", *arguments, "--algorithm", algorithm, "--seed",
+        str(seed), "--rollout_seed", str(rollout_seed), "--toy_folder", str(home), "--output",
+        str(output)], "evaluate.py")
     if weigh is not appo.weigh_tokens and not s.alpha:
         raise RunError(f"{arm}: at alpha 0 there are no token weights; use the control with appo")
     return s, weigh
@@ -679,15 +695,14 @@ def train_arm(*job) -> None:
 
 def run_figures(s: appo.Settings) -> dict[str, float]:
     """What the study reports of a run. Accuracy is that of sampled responses."""
-    logs = {name: model_utils.read_log(Path(s.output) / f"{name}.jsonl")
-            for name in ("held_out", "metrics", "samples")}
-    accuracy = [step.get("accuracy", np.nan) for step in logs["metrics"]]
-    figures = {"training": np.nanmean(accuracy)}
+    folder = Path(s.output)
+    figures = {"training": np.nanmean(read_run(folder)[1]["accuracy"])}
+    held_out = model_utils.read_log(folder / "held_out.jsonl") or [{}]
     for name in ("accuracy", "topk"):
-        figures[f"{name}, before"] = logs["held_out"][0].get(name, np.nan)
-        figures[f"{name}, after"] = logs["held_out"][-1].get(name, np.nan)
+        figures[f"{name}, before"] = held_out[0].get(name, np.nan)
+        figures[f"{name}, after"] = held_out[-1].get(name, np.nan)
     weights, found = {True: [], False: []}, []
-    for group in logs["samples"]:
+    for group in model_utils.read_log(folder / "samples.jsonl"):
         found.append(answer_frames(s.data)[group["id"]] in group["crucial_frames"])
         for response in group["responses"]:
             for token, weight in zip(response["tokens"], response["weights"] or []):
@@ -707,35 +722,22 @@ def with_interval(values: np.ndarray, sign: str = "") -> str:
 
 
 def study_table(figures: dict[str, dict]) -> list[list[str]]:
-    """Rows for {arm: {figure: (seeds, runs)}}, with paired differences to the first arm, or to its
-    mean with its ":again".
+    """Rows for {arm: {figure: (seeds, runs)}}, with paired differences to the first arm.
 
-    The difference of ":again" itself is the null, which shows what chance does.
+    If there is the first arm ":again", all others are compared with the mean of these two. The
+    difference of ":again" itself to the first arm is the null, which shows what chance does.
     """
     first, compared = next(iter(figures)), ["training", "accuracy, after"]
-    null = [figures[arm] for arm in (first, f"{first}:again") if arm in figures]
+    bases = [figures[arm] for arm in (first, f"{first}:again") if arm in figures]
     rows = [["arm", *figures[first], *(f"{name} - {first}" for name in compared)]]
     for arm, values in figures.items():
         row = [arm, *map(with_interval, values.values())]
-        base = null[:1] if arm in (first, f"{first}:again") else null
+        of_arm = bases[:1] if arm in (first, f"{first}:again") else bases
         for name in compared:
-            difference = values[name] - np.mean([of_base[name] for of_base in base], axis=0)
+            difference = values[name] - np.mean([base[name] for base in of_arm], axis=0)
             row.append(with_interval(difference, "+"))
         rows.append(row)
     return rows
-
-
-def draw_study(runs: dict[str, list[Path]], output: str) -> None:
-    """Accuracy over training of FIGURE_ARMS: means over the runs, and their standard errors."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.subplots()
-    for arm, folders in runs.items():
-        lines = np.stack([smooth(read_run(folder)[1]["accuracy"], 10) for folder in folders])
-        draw_band(axes, f"{arm} ({len(lines)} runs)", lines, lines.std(0) / len(lines) ** 0.5)
-    axes.set(xlabel="step", ylabel="accuracy of rollouts, last 10 steps")
-    axes.legend()
-    save_figure(figure, output)
 
 
 def study(options) -> None:
@@ -748,17 +750,19 @@ def study(options) -> None:
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     runs = list(itertools.product(seeds, range(options.rollout_seeds)))
     jobs = [(arm, *run, folder, options.rest) for run in runs for arm in arms]
-    settings = {job[:3]: arm_settings(*job)[0] for job in jobs}
+    settings = {arm: [arm_settings(arm, *run, folder, options.rest)[0] for run in runs]
+                for arm in arms}
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "study.json"
     if not config.exists():
         config.write_text(json.dumps({"options": options.rest}))
     if json.loads(config.read_text())["options"] != options.rest:
         raise RunError(f"{folder}: holds a study with other options; give another --output")
-    if settings[jobs[0][:3]].data == f"{folder}/train.json":
+    of_seeds = settings[arms[0]][::options.rollout_seeds]
+    if of_seeds[0].data == f"{folder}/train.json":
         data.make_toy_data(folder)
     with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
-        list(pool.map(appo.prepare_built_in, [settings[arms[0], seed, 0] for seed in seeds]))
+        list(pool.map(appo.make_built_in_model, of_seeds))
         if options.snr:
             futures = [pool.submit(snr_figures, arms, seed, folder, options) for seed in seeds]
             return print_snr(arms, [future.result() for future in futures])
@@ -769,20 +773,19 @@ def study(options) -> None:
         finally:
             pool.shutdown(cancel_futures=True)              # after an error start no further arm
     figures, drawn = {}, {}
-    for arm in arms:
-        of_arm = [settings[arm, *run] for run in runs]
+    for arm, of_arm in settings.items():
         columns = [run_figures(s) for s in of_arm]
         figures[arm] = {name: np.reshape([column[name] for column in columns], (len(seeds), -1))
                         for name in columns[0]}
         if arm in FIGURE_ARMS:
-            drawn[arm] = [Path(s.output) for s in of_arm]
+            drawn[arm] = [read_run(Path(s.output))[1] for s in of_arm]
     print(f"{len(seeds)} seeds from {seeds[0]}, {options.rollout_seeds} runs of each; mean (95% "
           "interval, bootstrap over seeds and runs); accuracy is that of sampled responses")
     print_table(study_table(figures))
     results = {arm: {name: x.tolist() for name, x in figures[arm].items()} for arm in arms}
     config.write_text(json.dumps({"options": options.rest, "seeds": list(seeds), "arms": results}))
     if drawn:
-        draw_study(drawn, f"{folder}/study.png")
+        draw_curves(drawn, 10, f"{folder}/study.png", ["accuracy"], of_mean=True)
     print(f"every figure: {config}")
 
 
@@ -818,9 +821,10 @@ def snr_figures(arms: list[str], seed: int, folder: Path, options) -> Tensor:
     """signal_to_noise of each arm, (arms, 2): of the gradients, and after Adam's scaling, which
     divides each parameter's gradients by the root of their mean square."""
     pairs = [arm_settings(arm, seed, 0, folder, options.rest) for arm in arms]
-    s = replace(pairs[0][0], alpha=1.0, gamma=1.0)      # PAPO's video is masked
+    # alpha and gamma above 0: attention is read and videos are masked, for the arms that need it
+    s = replace(pairs[0][0], alpha=1.0, gamma=1.0)
     model, tokenizer = load_model(s.model)
-    policy = model_utils.Policy(model)
+    policy = model_utils.Policy(model, s.temperature)
     run = appo.Run(s, model, tokenizer, policy, reference=policy)
     total, squares, n = 0.0, 0.0, 0
     for prompts, _ in read_prompts(appo.load_samples(s, s.data), tokenizer, s):
@@ -830,6 +834,8 @@ def snr_figures(arms: list[str], seed: int, folder: Path, options) -> Tensor:
                 total, squares, n = total + gradients, squares + gradients.square(), n + 1
         if n == options.snr:
             break
+    if n < options.snr:
+        raise RunError(f"{s.data}: only {n} of its groups have a gradient; lower --snr")
     scale = (squares / n).sqrt().clamp(min=1e-12)
     figures = [(signal_to_noise(a, b, n), signal_to_noise(a / c, b / c.square(), n))
                for a, b, c in zip(total, squares, scale)]
@@ -838,7 +844,7 @@ def snr_figures(arms: list[str], seed: int, folder: Path, options) -> Tensor:
 
 def print_snr(arms: list[str], figures: list[Tensor]) -> None:
     """The ratio to the first arm; median over the seeds (low to high)."""
-    ratios = torch.stack(figures) / torch.stack(figures)[:, :1]                # (seeds, arms, 2)
+    ratios = torch.stack([of_seed / of_seed[:1] for of_seed in figures])       # (seeds, arms, 2)
     rows = [[arm, *map(with_range, ratios[:, i].T.tolist())] for i, arm in enumerate(arms)]
     print_table([[f"signal to noise / {arms[0]}", "gradient", "after Adam's scaling"], *rows])
 
@@ -851,7 +857,7 @@ PLAIN = "plain way"
 
 def random_model(folder: str | None):
     """(model, tokenizer) with random weights: of a configuration folder, or 12 layers, 512 wide."""
-    _, _, device = model_utils.init_processes()
+    device = process_device()
     if folder is None:
         small, tokenizer = model_utils.tiny_model([f"w{i}" for i in range(32_760)])
         config = small.config
@@ -863,7 +869,7 @@ def random_model(folder: str | None):
             depth=8, hidden_size=256, num_heads=4, intermediate_size=704, out_hidden_size=512,
             fullatt_block_indexes=[3, 7]))
     else:
-        with explained(f"{folder}: no usable model; give a model folder"):
+        with usable(folder):
             config = transformers.AutoConfig.from_pretrained(folder)
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     if config.model_type != "qwen2_5_vl":
@@ -944,9 +950,8 @@ def plain_training_step(run: appo.Run, groups: list[appo.Group]) -> float:
 
     Returns the largest difference between its numbers and those of our rollout.
     """
-    run.lap("before")
     run.seconds.clear()
-    differences = []
+    run.last_lap, differences = time.perf_counter(), []
     for group in groups:
         log_probs, frame_attention = plain_step(run, group, 1 / len(groups))
         differences += [(log_probs - group.rollout.log_probs).abs().max().item(),

@@ -1073,7 +1073,7 @@ def learn_answers(model, stage, measure: Callable, max_steps: int = 240) -> bool
         batch = next(batches)
         for number in batch:
             lesson = lessons[number]
-            log_probs, _ = policy(encoded[number], lesson.response_ids, lesson.response_mask)
+            log_probs, _ = policy(encoded[number], lesson.row_ids, lesson.row_mask)
             loss = -log_probs[lesson.target_mask].mean()
             (loss / len(batch)).backward()
         nn.utils.clip_grad_norm_(policy.parameters(), 1.0)

@@ -615,8 +615,8 @@ def toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy")
     data.make_toy_data(folder, videos=(24, 6))
     model_utils.init_processes()
-    appo.prepare_built_in(appo.Settings(toy_folder=str(folder), model=str(folder / "model"),
-                                        data="none", **appo.TINY))
+    appo.make_built_in_model(appo.Settings(toy_folder=str(folder), model=str(folder / "model"),
+                                           **appo.TINY))
     return folder
 
 
@@ -1748,7 +1748,8 @@ def test_hostile_responses_take_linear_time():
 
 def test_toy_videos_show_what_they_say():
     for seed in range(5):
-        frames, shapes, colours, cells = data.toy_video(np.random.default_rng(seed))
+        frames, plan = data.toy_video(np.random.default_rng(seed))
+        shapes, colours, cells = zip(*plan)
         assert frames.shape == (16, 3, 56, 56) and frames.dtype == torch.uint8
         assert sorted(shapes) == sorted(data.TOY_SHAPES)
         assert sorted(colours) == sorted(["red", "green", "blue", "yellow"] * 2)
@@ -1776,9 +1777,10 @@ def test_toy_data_is_deterministic_whole_and_found_both_ways(tmp_path):
     assert len(train) == 12 and len(data.load_samples(tmp_path / "a/test.json")) == 8
     assert data.load_samples(tmp_path / "a/train.json", tmp_path / "a/videos") == train
     for i, sample in enumerate(train):
-        frames, shapes, colours, _ = data.toy_video(np.random.default_rng([5, 0, i // 4]))
-        assert sample.question == f"what colour is the {shapes[sample.crucial_frame]} ?"
-        assert sample.options["ABCD".index(sample.answer)] == colours[sample.crucial_frame]
+        frames, plan = data.toy_video(np.random.default_rng([5, 0, i // 4]))
+        shape, colour, _ = plan[sample.crucial_frame]
+        assert sample.question == f"what colour is the {shape} ?"
+        assert sample.options["ABCD".index(sample.answer)] == colour
         read, seconds, duration = data.sample_frames(sample.video, 1, 16)
         assert (read.int() - frames.int()).abs().max() <= 2 and (seconds, duration) == (2.0, 16.0)
 
@@ -1815,12 +1817,12 @@ def test_toy_lessons_teach_the_responses_and_the_tokens():
     lesson, other = data.toy_lessons(tokenizer, 2, seed=3)
     words = {number: word for word, number in tokenizer.ids.items()}
     assert not torch.equal(lesson.prompt.patches, other.prompt.patches)
-    _, shapes, colours, cells = data.toy_video(np.random.default_rng([3, 2, 0]))
+    _, plan = data.toy_video(np.random.default_rng([3, 2, 0]))
     visual = data.Visual(lesson.prompt.patches, [(8, 4, 4)], [], [2.0], 16.0, 16)
-    for i, (shape, colour) in enumerate(zip(shapes, colours)):
-        shown = [words[n] for n in lesson.token_words[4 * i + cells[i]].tolist()]
+    for i, (shape, colour, cell) in enumerate(plan):
+        shown = [words[n] for n in lesson.token_words[4 * i + cell].tolist()]
         assert shown == [shape, colour]
-        ids, real, target = lesson.response_ids[i], lesson.response_mask[i], lesson.target_mask[i]
+        ids, real, target = lesson.row_ids[i], lesson.row_mask[i], lesson.target_mask[i]
         response = " ".join(words[n] for n in ids[target].tolist())
         assert re.fullmatch(f"<think> .* {shape} {colour} </think> .* </answer> <eos>", response)
         sample = dataclasses.replace(CHOICE, question=f"what colour is the {shape} ?",
