@@ -6,6 +6,7 @@ Of Qwen2.5-VL this file knows how frames become patches and where visual tokens 
 It needs neither the model's weights nor transformers: a tokenizer is handed in. Two sampled frames
 make one visual frame, the model's unit of time. Paper and supplement: arXiv 2602.23823.
 """
+import copy
 import csv
 import gc
 import json
@@ -1254,15 +1255,23 @@ def toy_prompt(rng: np.random.Generator, tokenizer,
     return build_prompt(toy_sample(shape, colour, true_frame), visual, tokenizer), plan
 
 
-def toy_lessons(tokenizer, count: int, seed: int, **wording) -> list[Lesson]:
-    """Lessons about `count` videos that are in neither train.json nor test.json. For the wording
-    see `toy_response`."""
-    return [toy_lesson(tokenizer, np.random.default_rng([seed, 2, number]), **wording)
-            for number in range(count)]
+def toy_lessons(tokenizer, count: int, seed: int, *wordings: dict) -> list[list[Lesson]]:
+    """For each wording (see `toy_response`) lessons about the same `count` videos, which are in
+    neither train.json nor test.json."""
+    lessons = [[] for _ in wordings]
+    for number in range(count):
+        rng = np.random.default_rng([seed, 2, number])
+        prompt, plan = toy_prompt(rng, tokenizer)
+        shared = int((prompt.frame_of_token >= 0).nonzero().max()) + 2  # through the end mark
+        prompt = replace(prompt, input_ids=prompt.input_ids[:shared],
+                         frame_of_token=prompt.frame_of_token[:shared])
+        for of_wording, wording in zip(lessons, wordings):
+            of_wording.append(toy_lesson(tokenizer, prompt, plan, copy.deepcopy(rng), **wording))
+    return lessons
 
 
-def toy_lesson(tokenizer, rng: np.random.Generator, **wording) -> Lesson:
-    prompt, plan = toy_prompt(rng, tokenizer)
+def toy_lesson(tokenizer, prompt: Prompt, plan: list[tuple[str, str, int]],
+               rng: np.random.Generator, **wording) -> Lesson:
     video = tokenizer.convert_tokens_to_ids("<|video_pad|>")
     token_words = torch.full((8, 4, 2), tokenizer.pad_token_id)  # (frame, cell, 2)
     rows, targets = [], []
@@ -1274,9 +1283,6 @@ def toy_lesson(tokenizer, rng: np.random.Generator, **wording) -> Lesson:
         rows.append(torch.tensor([*question, *response, tokenizer.eos_token_id]))
         targets.append(torch.arange(len(rows[-1])) >= len(question))
     masks = [torch.ones(len(row), dtype=torch.bool) for row in rows]
-    shared = int((prompt.frame_of_token >= 0).nonzero().max()) + 2
-    prompt = replace(prompt, input_ids=prompt.input_ids[:shared],
-                     frame_of_token=prompt.frame_of_token[:shared])
     padded = [pad_sequence(tensors, batch_first=True) for tensors in (rows, masks, targets)]
     return Lesson(prompt, token_words.flatten(0, 1), *padded)
 
@@ -1293,13 +1299,13 @@ class Stage:
 def toy_stages(tokenizer, seed: int) -> list[Stage]:
     """The model learns to look and to answer; to talk before it answers; and, from lessons that are
     mostly incorrect, to doubt what it sees, so that reinforcement learning has something to teach.
+    All stages are about the same videos.
     """
-    return [Stage(toy_lessons(tokenizer, 256, seed, filler=False), 3e-3, 40,
-                  lambda accuracy, top1: accuracy >= 0.5 and top1 >= 0.3),
-            Stage(toy_lessons(tokenizer, 256, seed), 2e-3, 20,
-                  lambda accuracy, top1: accuracy >= 0.85 and top1 >= 0.45),
-            Stage(toy_lessons(tokenizer, 128, seed, correct=0.4), 4e-4, 5,
-                  lambda accuracy, top1: accuracy <= 0.43)]
+    plain, talking, doubting = toy_lessons(tokenizer, 256, seed, dict(filler=False), {},
+                                           dict(correct=0.4))
+    return [Stage(plain, 3e-3, 40, lambda accuracy, top1: accuracy >= 0.5 and top1 >= 0.3),
+            Stage(talking, 2e-3, 20, lambda accuracy, top1: accuracy >= 0.85 and top1 >= 0.45),
+            Stage(doubting[:128], 4e-4, 5, lambda accuracy, top1: accuracy <= 0.43)]
 
 
 if __name__ == "__main__":  # started by VideoReader

@@ -24,13 +24,15 @@ import os
 import re
 import shutil
 import textwrap
+import threading
 import time
 import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Callable
 
@@ -680,6 +682,15 @@ def arm_settings(arm: str, seed: int, number: int, folder: Path,
     return s, weigh
 
 
+def end_with_parent() -> None:
+    """In a worker of a study: a killed study leaves none that writes beside the next."""
+    def watch() -> None:
+        wait([parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def train_arm(*job) -> None:
     """In a process of its own: train an arm, unless it has finished."""
     s, weigh = arm_settings(*job)
@@ -761,7 +772,7 @@ def study(options) -> None:
     of_seeds = settings[arms[0]][::options.rollout_seeds]
     if of_seeds[0].data == f"{folder}/train.json":
         data.make_toy_data(folder)
-    with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(options.processes, get_context("spawn"), end_with_parent) as pool:
         list(pool.map(appo.make_built_in_model, of_seeds))
         if options.snr:
             futures = [pool.submit(snr_figures, arms, seed, folder, options) for seed in seeds]

@@ -1025,7 +1025,10 @@ def warm_up(new_model: Callable, stages: list, measure: Callable):
     for attempt in range(5):    # some initialisations learn to answer without looking
         model = new_model(attempt)
         align_vision(model, stages[0].lessons)
-        if all(learn_answers(model, stage, measure) for stage in stages):
+        prompts = [lesson.prompt for lesson in stages[0].lessons]   # the same in all stages
+        encoded = sum([encode_prompts(model, prompts[start:start + 64])
+                       for start in range(0, len(prompts), 64)], [])
+        if all(learn_answers(model, stage, encoded, measure) for stage in stages):
             return model
     raise RunError("the built-in model did not learn its task; try another --seed")
 
@@ -1060,11 +1063,10 @@ def align_vision(model, lessons: list, steps: int = 60) -> None:
     model.requires_grad_(False)
 
 
-def learn_answers(model, stage, measure: Callable, max_steps: int = 240) -> bool:
+def learn_answers(model, stage, encoded: list[EncodedPrompt], measure: Callable,
+                  max_steps: int = 240) -> bool:
     """The language model learns to answer until it is good enough; False if it fails."""
-    lessons, encoded = stage.lessons, []
-    for start in range(0, len(lessons), 64):
-        encoded += encode_prompts(model, [lesson.prompt for lesson in lessons[start:start + 64]])
+    lessons = stage.lessons
     policy = Policy(model)
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     batches = batches_of(len(lessons), 4)

@@ -1814,7 +1814,7 @@ def test_toy_responses_are_correct_and_use_the_vocabulary():
 
 def test_toy_lessons_teach_the_responses_and_the_tokens():
     tokenizer = WordTokenizer()
-    lesson, other = data.toy_lessons(tokenizer, 2, seed=3)
+    (lesson, other), = data.toy_lessons(tokenizer, 2, 3, {})
     words = {number: word for word, number in tokenizer.ids.items()}
     assert not torch.equal(lesson.prompt.patches, other.prompt.patches)
     _, plan = data.toy_video(np.random.default_rng([3, 2, 0]))
