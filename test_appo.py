@@ -1059,6 +1059,7 @@ def touch(folder, *names):
     MVBENCH x {"start": 1.5, "end": 8, "task": "moving_count"} -> {"bounds": [1.5, 8.0]}
     VSI test {} -> {"answer": "4", "kind": "number", "group": "counting", "overall": "tasks"}
     VSI test {} -> {"video": "scannet/s1.mp4"}
+    VSI test {"ground_truth": 1.5} -> {"answer": "1.5", "kind": "number"}
     VSI test {} -> {"question": "These are frames of a video.\\nHow {many}?"}
     VSI test {"options": ["A. x", "B. y"], "ground_truth": "B"} -> {"kind": "choice", "answer": "B"}
     VSI test {"options": ["A. x", "B. y"], "ground_truth": "B"} -> {"options": ["x", "y"]}"""))
@@ -1096,7 +1097,7 @@ def test_records_that_no_rule_scores_are_left_out(tmp_path, caplog):
     R1 duration -> ["3", NaN, 1e999, true]
     R1 crucial_frame -> ["x", true, -1, 2.5]
     GQA answer -> ["5", null, "E. x"]
-    GQA time_clues -> [[], [[1]], [[1, null]], [[5, 1]], 3, [[1, 1e999]]]
+    GQA time_clues -> [[], [[1]], [[1, null]], [[5, 1]], 3, [[1, 1e999]], ["12"]]
     GQA duration -> [null, 0, -3]
     SEED negative_answers -> [["a", "b", "Toss."], null]
     SEED task_progress_metadata -> [null]
@@ -1179,6 +1180,7 @@ def test_paths_are_looked_up_as_written_then_by_tail_then_by_name(tmp_path, capl
     (root / "link.avi").symlink_to(root / "v.avi")
     touch(tmp_path, "elsewhere/linked.avi")
     (root / "folder").symlink_to(tmp_path / "elsewhere")
+    (root / "above").symlink_to(root)
     places = dict(rows("""
         /d/set/v.avi -> "d/set/v.avi"
         /x/set/v.avi -> "set/v.avi"
@@ -1720,6 +1722,7 @@ def test_span_shapes(text, spans):
     <answer>C</answer><time>2 to 6</time> -> [1, 1, 0.25, 0.5, 1]
     <answer>B</answer><time>2 to 6</time> -> [0, 1, 0.25, 0.5, 0]
     <answer>C</answer><time>1 to 6</time> -> [1, 1, 0.222222222, 0.4, 0]
+    <answer>C</answer><time>2.9 to 5.1</time> -> [1, 1, 0.154929577, 0.5, 1]
     <answer>C</answer> -> [1, 0, 0, 0, 0]
     <time>2 to 6</time><answer>C</answer> -> [1, 0, 0.25, 0.5, 1]
     <answer>C</answer><time>4 to 9</time><time>4 to 9</time> -> [1, 0, 0, 0, 0]"""))
@@ -1963,6 +1966,8 @@ def test_runs_are_labelled_by_what_differs():
     assert evaluate.label_runs(runs) == ["appo", "appo", "appo, k2 5", "dapo"]
     labels = evaluate.label_runs([settings(steps=5), settings(model="a/7B", steps=5)])
     assert labels == ["appo, model 3B", "appo, model 7B"]
+    labels = evaluate.label_runs([settings(data="a/x.json,b/y.json"), settings(data="c/y.json")])
+    assert labels == ["appo, data x.json,y.json", "appo, data y.json"]
 
 
 def test_smoothing_is_over_the_last_steps():
@@ -2005,6 +2010,9 @@ def test_controls(toy):
     true = replace(group, crucial=torch.tensor([False, True, False]))
     of_true = evaluate.true_frame(appo.weigh_tokens, group, logits, s)
     assert of_true.equal(appo.weigh_tokens(true, logits, s)) and not of_true.equal(weights)
+    unknown = SimpleNamespace(sample=SimpleNamespace(crucial_frame=None, id="x:1"))
+    with pytest.raises(model_utils.RunError, match="x:1: lacks"):
+        evaluate.true_frame(evaluate.equal, replace(group, prompt=unknown), logits, s)
     for chosen, frames in ((group, [0, 2]), (true, [1])):
         expected = [[2.7 if place in picks(i, frames) else 1.0 for place in range(9)]
                     for i in range(2)]
@@ -2141,6 +2149,10 @@ def test_signal_to_noise_command(toy, tmp_path, capsys):
     assert rows["appo:alpha=1e-9"] == rows["dapo"]      # its weights are 1
     assert rows["appo"] != rows["dapo"]
     assert not list(tmp_path.glob("seed-*/*/metrics.jsonl"))               # nothing is trained
+    few_questions(toy, tmp_path / "few.json", 2)
+    line = refusal(capsys, "study", "--output", tmp_path / "few", "--processes", 1, "--seeds", 1,
+                   "--snr", 6, "--model", toy / "model", "--data", tmp_path / "few.json")
+    assert "few.json" in line and "lower --snr" in line
 
 
 # ---- the other commands
@@ -2179,6 +2191,8 @@ def test_score_continues_where_it_stopped(toy, tmp_path, capsys):
     assert "skipped 0 of 6" in measure(capsys, *command)
     annotation.write_text(json.dumps(records[:5]))
     assert "other questions" in refusal(capsys, *command)
+    (a / "summary.json").unlink()                   # nothing tells what the responses are to
+    assert "holds responses" in refusal(capsys, *command)
     b.mkdir()
     reversed_lines = [json.dumps(record | {"accuracy": 0.5}) + "\n" for record in scored[::-1]]
     (b / "responses.jsonl").write_text("".join(reversed_lines))
@@ -2195,6 +2209,9 @@ def test_commands_refuse_in_one_line(toy, tmp_path, capsys, monkeypatch):
     missing.write_text(json.dumps(records))
     other.mkdir()
     (other / "responses.jsonl").write_text('{"id": "x", "question": "q", "accuracy": 1}\n')
+    for name, line in (("c", '{"accuracy": 1}'), ("d", '["accuracy"]')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "responses.jsonl").write_text(f"{line}\n")
     questions = ["--model", toy / "model", "--data", toy / "test.json"]
     for arguments, word in (
             ([], "required"), (["nothing"], "invalid choice"),
@@ -2202,7 +2219,11 @@ def test_commands_refuse_in_one_line(toy, tmp_path, capsys, monkeypatch):
             (["score", *questions, "--colour", "red"], "--colour"),
             (["score", *questions, "--max_frames", "0"], "--max_frames"),
             (["score", *questions, "--data", tmp_path / "none.json"], "cannot be read"),
+            (["score", "--data", tmp_path / "none.json", "--toy_folder", tmp_path / "toy"],
+             "cannot be read"),
             (["score", *questions, "--data", missing], "--skip_missing"),
+            (["compare", tmp_path / "c", other], "damaged"),
+            (["compare", other, tmp_path / "d"], "damaged"),
             (["compare", tmp_path / "a", other], "no such file"),
             (["compare", other], "required"), (["curves", tmp_path], "no run"),
             (["curves", tmp_path, "--output", "x.gif"], ".png or .pdf"),
@@ -2214,6 +2235,7 @@ def test_commands_refuse_in_one_line(toy, tmp_path, capsys, monkeypatch):
             (["decouple", *questions, "--perception", toy / "model", "--reasoning", other,
               "--output", tmp_path / "d"], "give a model folder")):
         assert word in refusal(capsys, *arguments), arguments
+    assert not (tmp_path / "toy").exists()              # the data are looked at before a model
     with pytest.raises(model_utils.RunError, match="give a model folder"):
         evaluate.random_model(str(other))
     monkeypatch.setenv("WORLD_SIZE", "2")
