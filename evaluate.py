@@ -438,7 +438,7 @@ def draw_curves(runs: dict[str, list[dict]], window: int, output: str,
     """runs: {label: [{metric: (steps,)} of each seed]}. The band is one standard deviation of the
     seeds, or of their mean."""
     from matplotlib.figure import Figure
-    figure = Figure((3 * len(names) + 2, 3), layout="constrained")
+    figure = Figure((max(8, 3 * len(names)), 3.5), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
         for label, seeds in runs.items():
             steps = min(len(metrics[name]) for metrics in seeds)
