@@ -244,8 +244,8 @@ def clipped_surrogate_loss(
     Returns (scalar, {approx_kl: mean of rho - 1 - log rho, clip_fraction: share of tokens}).
     Example: rho = [1.5, 1], A = 2, W = 1 -> -(min(3, 2.56) + min(2, 2)) / 2 = -2.28.
     """
-    # masked before exp, so that padding with nan or inf reaches neither loss nor gradient
-    log_ratio = (log_probs - old_log_probs).where(response_mask, 0.0).clamp(-20, 20)
+    # Padding may hold nan: clamp keeps it from the gradient, and masked_mean from the means.
+    log_ratio = (log_probs - old_log_probs).clamp(-20, 20)
     ratio = log_ratio.exp()                                                     # rho (G, R)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     advantages = advantages[:, None]                                            # (G, 1)
@@ -256,7 +256,7 @@ def clipped_surrogate_loss(
     if kl_coef:
         if ref_log_probs is None:
             raise ValueError("kl_coef needs ref_log_probs")
-        kl = kl_estimate((ref_log_probs - log_probs).where(response_mask, 0.0))
+        kl = kl_estimate(ref_log_probs - log_probs)
         loss = loss + kl_coef * masked_mean(kl, response_mask, average)
     with torch.no_grad():
         is_clipped = (clipped - ratio) * advantages < 0     # the clipped term is the minimum
@@ -714,8 +714,7 @@ def perception_loss(log_probs: Tensor, masked_log_probs: Tensor, response_mask: 
     theirs: the mean of -log pi over the sampled tokens.
     log_probs, masked_log_probs (G, R), response_mask bool (G, R) -> (scalar, {perception_kl})
     """
-    log_ratio = (masked_log_probs.detach() - log_probs).where(response_mask, 0.0)
-    kl = kl_estimate(log_ratio).clamp(max=10)       # as in the authors' code
+    kl = kl_estimate(masked_log_probs.detach() - log_probs).clamp(max=10)   # as in their code
     kl = masked_mean(kl, response_mask, average)
     entropy = -masked_mean(log_probs, response_mask, average)
     return -gamma * kl + eta * entropy, {"perception_kl": kl.detach()}

@@ -183,7 +183,8 @@ def test_random_advantages():
 
 
 @pytest.mark.parametrize("buffer, expected", [
-    (20, [0, 0, -0.05, -0.5, -1]), (100, [-0.01, -0.8, -0.81, -0.9, -1]), (0, [0] * 5)])
+    (20, [0, 0, -0.05, -0.5, -1]), (100, [-0.01, -0.8, -0.81, -0.9, -1]), (0, [0] * 5),
+    (1, [0, 0, 0, 0, -1])])
 def test_overlong_penalty(buffer, expected):
     penalty = appo.overlong_penalty(torch.tensor([1, 80, 81, 90, 100]), 100, buffer)
     assert_close(penalty, expected, atol=1e-7)
@@ -340,9 +341,12 @@ def test_surrogate_loss(options, expected, clip_fraction):
 def test_perception_loss(average, kl, entropy):
     new, masked = tensor([[-1, -2, -3], [-6, 8, 8]]), tensor([[LN2 - 1, -2, -3 - LN2], [-1, 9, 4]])
     mask = new < 0
-    loss, metrics = appo.perception_loss(new, masked, mask, gamma=0.02, eta=0.03, average=average)
-    assert_close(loss, 0.03 * entropy - 0.02 * kl)
+    loss, metrics = appo.perception_loss(new.requires_grad_(), masked.requires_grad_(), mask,
+                                         gamma=0.02, eta=0.03, average=average)
+    assert_close(loss.detach(), 0.03 * entropy - 0.02 * kl)
     assert_close(metrics["perception_kl"], kl)
+    loss.backward()
+    assert new.grad.any() and masked.grad is None
 
 
 @pytest.mark.parametrize("seed", range(40))
