@@ -951,6 +951,15 @@ def test_a_run_stops_if_the_gradient_is_never_finite(toy, tmp_path):
         folder.stop_if_failing(1.0, ["a"], [{"unreadable": True}])        # 6 of at least 100
 
 
+def test_a_run_does_not_move_its_model_aside(tmp_path, monkeypatch):
+    model_utils.init_processes()
+    monkeypatch.chdir(tmp_path)
+    Path("Qwen/folder").mkdir(parents=True)
+    with pytest.raises(model_utils.RunError, match="holds the model"):
+        model_utils.RunFolder("Qwen", {"resume": False, "model": "Qwen/folder"}, set())
+    model_utils.RunFolder("Qwen", {"resume": False, "model": "Qwen/of-the-hub"}, set())
+
+
 @pytest.mark.parametrize("arguments", [
     "--colour red", "--k3 0", "--clip_low -0.1", "--clip_low 1.5", "--beta2 1",
     "--learning_rate nan", "--strategy medium", "--algorithm ppo", "--k1 many",
