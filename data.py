@@ -1259,6 +1259,13 @@ def toy_lessons(tokenizer, count: int, seed: int, *wordings: dict) -> list[list[
     """For each wording (see `toy_response`) lessons about the same `count` videos, which are in
     neither train.json nor test.json."""
     lessons = [[] for _ in wordings]
+
+    @cache
+    def question(shape: str) -> list[int]:
+        """The tokens of a prompt after its video and the end mark, alike for all videos."""
+        chat = chat_tokens(toy_sample(shape, TOY_COLOURS[0]), prompt, tokenizer)
+        return chat[chat.index(tokenizer.convert_tokens_to_ids("<|video_pad|>")) + 2:]
+
     for number in range(count):
         rng = np.random.default_rng([seed, 2, number])
         prompt, plan = toy_prompt(rng, tokenizer)
@@ -1266,22 +1273,21 @@ def toy_lessons(tokenizer, count: int, seed: int, *wordings: dict) -> list[list[
         prompt = replace(prompt, input_ids=prompt.input_ids[:shared],
                          frame_of_token=prompt.frame_of_token[:shared])
         for of_wording, wording in zip(lessons, wordings):
-            of_wording.append(toy_lesson(tokenizer, prompt, plan, copy.deepcopy(rng), **wording))
+            of_wording.append(toy_lesson(tokenizer, prompt, plan, question, copy.deepcopy(rng),
+                                         **wording))
     return lessons
 
 
 def toy_lesson(tokenizer, prompt: Prompt, plan: list[tuple[str, str, int]],
-               rng: np.random.Generator, **wording) -> Lesson:
-    video = tokenizer.convert_tokens_to_ids("<|video_pad|>")
+               question: Callable[[str], list[int]], rng: np.random.Generator,
+               **wording) -> Lesson:
     token_words = torch.full((8, 4, 2), tokenizer.pad_token_id)  # (frame, cell, 2)
     rows, targets = [], []
     for frame, (shape, colour, cell) in enumerate(plan):
         token_words[frame, cell] = torch.tensor(tokenizer.convert_tokens_to_ids([shape, colour]))
-        chat = chat_tokens(toy_sample(shape, colour), prompt, tokenizer)
-        question = chat[chat.index(video) + 2:]  # after the video and its end mark
         response = tokenizer(toy_response(shape, colour, rng, **wording))["input_ids"]
-        rows.append(torch.tensor([*question, *response, tokenizer.eos_token_id]))
-        targets.append(torch.arange(len(rows[-1])) >= len(question))
+        rows.append(torch.tensor([*question(shape), *response, tokenizer.eos_token_id]))
+        targets.append(torch.arange(len(rows[-1])) >= len(question(shape)))
     masks = [torch.ones(len(row), dtype=torch.bool) for row in rows]
     padded = [pad_sequence(tensors, batch_first=True) for tensors in (rows, masks, targets)]
     return Lesson(prompt, token_words.flatten(0, 1), *padded)
