@@ -74,7 +74,8 @@ def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
 
     Exactly 0 if all rewards are equal. Example: [1, 0, 0, 1] -> [0.866, -0.866, -0.866, 0.866].
     """
-    rewards = rewards if rewards.is_floating_point() else rewards.float()
+    if not rewards.is_floating_point():
+        rewards = rewards.float()
     if (rewards == rewards[0]).all():
         # Otherwise the rounding error of the mean, divided by eps, would look like an advantage.
         return torch.zeros_like(rewards)

@@ -386,10 +386,11 @@ class FileFinder:
         """Of the whole tree, which is walked once, when the first file is not at its path."""
         paths, walked = {}, set()
         for folder, folders, _ in os.walk(self.root, followlinks=True):
-            if os.path.realpath(folder) in walked:  # by a link, perhaps to a folder above
+            real = os.path.realpath(folder)
+            if real in walked:  # by a link, perhaps to a folder above
                 folders.clear()
                 continue
-            walked.add(os.path.realpath(folder))
+            walked.add(real)
             for name in self.names_in(folder + "/"):
                 # Of two of one name neither: it may be another video.
                 paths[name] = None if name in paths else os.path.join(folder, name)
@@ -902,7 +903,8 @@ def read_ahead(reader: VideoReader, batches: Iterable[dict[int, Sample]]
     """
     submitted = ({position: (sample, reader.submit(sample)) for position, sample in batch.items()}
                  for batch in batches)
-    first = list(islice(submitted, 1))
+    first = list(islice(submitted, 1))  # now, not when the caller asks for it
+    # The next batch is submitted before the one in front of it is handed out.
     return (batch for batch, _ in pairwise(chain(first, submitted, [None])))
 
 
@@ -1258,39 +1260,40 @@ def toy_prompt(rng: np.random.Generator, tokenizer,
 def toy_lessons(tokenizer, count: int, seed: int, *wordings: dict) -> list[list[Lesson]]:
     """For each wording (see `toy_response`) lessons about the same `count` videos, which are in
     neither train.json nor test.json."""
-    lessons = [[] for _ in wordings]
-
-    @cache
-    def question(shape: str) -> list[int]:
-        """The tokens of a prompt after its video and the end mark, alike for all videos."""
+    video = tokenizer.convert_tokens_to_ids("<|video_pad|>")
+    prompt, _ = toy_prompt(np.random.default_rng(0), tokenizer)
+    questions = {}  # tokens of a prompt after the video and its end mark, alike for all videos
+    for shape in TOY_SHAPES:
         chat = chat_tokens(toy_sample(shape, TOY_COLOURS[0]), prompt, tokenizer)
-        return chat[chat.index(tokenizer.convert_tokens_to_ids("<|video_pad|>")) + 2:]
-
+        questions[shape] = chat[chat.index(video) + 2:]
+    lessons = [[] for _ in wordings]
     for number in range(count):
         rng = np.random.default_rng([seed, 2, number])
         prompt, plan = toy_prompt(rng, tokenizer)
         shared = int((prompt.frame_of_token >= 0).nonzero().max()) + 2  # through the end mark
         prompt = replace(prompt, input_ids=prompt.input_ids[:shared],
                          frame_of_token=prompt.frame_of_token[:shared])
+        token_words = torch.full((8, 4, 2), tokenizer.pad_token_id)  # (frame, cell, 2)
+        for frame, (shape, colour, cell) in enumerate(plan):
+            words = tokenizer.convert_tokens_to_ids([shape, colour])
+            token_words[frame, cell] = torch.tensor(words)
         for of_wording, wording in zip(lessons, wordings):
-            of_wording.append(toy_lesson(tokenizer, prompt, plan, question, copy.deepcopy(rng),
-                                         **wording))
+            rows = toy_rows(tokenizer, plan, questions, copy.deepcopy(rng), **wording)
+            of_wording.append(Lesson(prompt, token_words.flatten(0, 1), *rows))
     return lessons
 
 
-def toy_lesson(tokenizer, prompt: Prompt, plan: list[tuple[str, str, int]],
-               question: Callable[[str], list[int]], rng: np.random.Generator,
-               **wording) -> Lesson:
-    token_words = torch.full((8, 4, 2), tokenizer.pad_token_id)  # (frame, cell, 2)
+def toy_rows(tokenizer, plan: list[tuple[str, str, int]], questions: dict[str, list[int]],
+             rng: np.random.Generator, **wording) -> list[Tensor]:
+    """row_ids, row_mask and target_mask of a Lesson."""
     rows, targets = [], []
-    for frame, (shape, colour, cell) in enumerate(plan):
-        token_words[frame, cell] = torch.tensor(tokenizer.convert_tokens_to_ids([shape, colour]))
+    for shape, colour, _ in plan:
+        question = questions[shape]
         response = tokenizer(toy_response(shape, colour, rng, **wording))["input_ids"]
-        rows.append(torch.tensor([*question(shape), *response, tokenizer.eos_token_id]))
-        targets.append(torch.arange(len(rows[-1])) >= len(question(shape)))
+        rows.append(torch.tensor([*question, *response, tokenizer.eos_token_id]))
+        targets.append(torch.arange(len(rows[-1])) >= len(question))
     masks = [torch.ones(len(row), dtype=torch.bool) for row in rows]
-    padded = [pad_sequence(tensors, batch_first=True) for tensors in (rows, masks, targets)]
-    return Lesson(prompt, token_words.flatten(0, 1), *padded)
+    return [pad_sequence(tensors, batch_first=True) for tensors in (rows, masks, targets)]
 
 
 @dataclass
