@@ -9,8 +9,8 @@ sampling and overlong penalty are options, off by default: the paper's runs do n
 One training step:
   1. read     the prompts of the batch (other processes decode the videos ahead of time)
   2. sample   G responses to each prompt, and read how much every token attends to every frame
-  3. score    the responses: rewards (0.9 * accuracy + 0.1 * format for multiple choice; for other
-              tasks see `data.task_reward`), and advantages relative to the group
+  3. score    the responses: rewards (for multiple choice 0.9 * accuracy + 0.1 * format, for others
+              see `data.task_reward`), and advantages relative to the group
   4. frames   find the crucial frames: those that the correct responses attend to most
   5. weights  in every response, correct or not, the tokens that attend most to a crucial frame
               weigh 1 + alpha * D; D is how much the responses' next-token distributions differ at
@@ -159,11 +159,11 @@ def perception_token_weights(frame_attention: Tensor, logits: Tensor, response_m
         return torch.ones(response_mask.shape, device=response_mask.device)
     attention = frame_attention[:, :, crucial].permute(2, 0, 1)                 # (C, G, R)
     picked = most_attentive_tokens(attention, response_mask, k3)                # bool (C, G, R)
-    # Only for speed, frames with the same picks are compared once: all frames have the same where
-    # no response is longer than K3. row (C,): where in `distinct` the picks of each frame stand.
-    distinct, row = picked.unique(dim=0, return_inverse=True)
+    # Only for speed, frames with the same picks share one comparison: while no response is longer
+    # than K3, every frame picks all tokens. which (C,): the index of each frame's picks.
+    distinct, which = picked.unique(dim=0, return_inverse=True)
     scaled = torch.stack([scaled_divergence(logits, picks) for picks in distinct])
-    scaled = scaled[row]                        # (C, G, R), 0 where a frame did not pick
+    scaled = scaled[which]                      # (C, G, R), 0 where a frame did not pick
     times_picked = picked.sum(0)                                                # (G, R)
     return 1 + alpha * scaled.sum(0) / times_picked.clamp(min=1)
 
@@ -188,7 +188,7 @@ def scaled_divergence(logits: Tensor, picked: Tensor) -> Tensor:
     if span < 1e-4:                                             # equal up to rounding
         return torch.zeros(picked.shape, device=picked.device)
     scaled = (divergence - divergence.min()) / span
-    j = (picked.cumsum(1) - 1).clamp(min=0)     # a picked token is the j-th pick of its response
+    j = (picked.cumsum(1) - 1).clamp(min=0)     # which of its response's picks a token is
     return scaled[j].where(picked, 0.0)
 
 
@@ -198,21 +198,19 @@ def group_divergence(logits: Tensor, places: Tensor) -> Tensor:
     logits (G, R, V); places int (J, G): in each row, one place in R per response, -1: none
     -> (J,), each between 0 and G ln G
 
-    A response without a place is left out of the row, so the sum tends to be smaller where few have
-    one. With only one response it is 0: the last picks of the longest response get D = 0.
+    A response without a place is left out of the row, so the sum tends to be smaller for rows in
+    which few have one. With only one it is 0: the last picks of the longest response get D = 0.
     """
     responses = torch.arange(places.shape[1], device=places.device)             # (G,)
     results = []
     for part in places.split(16):               # bounds the memory: (16, G, V)
         present = (part >= 0)[:, :, None]                                       # (16, G, 1)
         log_p = logits[responses, part.clamp(min=0)].float().log_softmax(-1)    # (16, G, V)
-        # Where a response has no place, place 0 was read, and its probabilities become 0.
-        log_p = log_p.where(present, -torch.inf)
-        p = log_p.exp()
-        log_mean = (p.sum(1, keepdim=True) / present.sum(1, keepdim=True)).log()
-        # 0 * log 0 counts as 0: a finite number in place of -inf makes it so.
-        log_ratio = log_p.clamp(min=-1e4) - log_mean.clamp(min=-1e4)
-        results.append((p * log_ratio).sum((1, 2)).clamp(min=0))
+        p = log_p.exp().where(present, 0.0)     # a response without a place adds nothing
+        mean = p.sum(1, keepdim=True) / present.sum(1, keepdim=True)            # (16, 1, V)
+        # 0 * log 0 counts as 0, and so does a p too small for an exact logarithm.
+        kl = (p * (log_p - mean.log())).where(p > 1e-30, 0.0)
+        results.append(kl.sum((1, 2)).clamp(min=0))
     return torch.cat(results)
 
 
@@ -224,7 +222,7 @@ def masked_mean(values: Tensor, response_mask: Tensor, average: str = "tokens") 
     values = values.where(response_mask, 0.0)       # not values * mask: 0 * nan is nan
     lengths = response_mask.sum(1)                                              # (G,)
     if average == "tokens":
-        return values.sum() / lengths.sum()
+        return values.sum() / lengths.sum().clamp(min=1)
     if average == "responses":
         return (values.sum(1) / lengths.clamp(min=1)).mean()
     raise ValueError(f"average {average!r}: choose tokens or responses")
@@ -238,10 +236,10 @@ def clipped_surrogate_loss(
     """-mean of min(rho W A, clip(rho, 1 - clip_low, 1 + clip_high) W A), plus kl_coef * KL.
 
     rho is the ratio of new to old probability. With one update per batch it is 1 and the clip never
-    acts; the loss's value says nothing then, and only its gradient matters.
+    acts; the loss's value is then just the mean of -W A, and only its gradient matters.
 
     log_probs, old_log_probs, ref_log_probs, token_weights (G, R); advantages (G,);
-    response_mask bool (G, R). Gradient flows through log_probs only.
+    response_mask bool (G, R). All but log_probs are constants: give them without gradient.
     Returns (scalar, {approx_kl: mean of rho - 1 - log rho, clip_fraction: share of tokens}).
     Example: rho = [1.5, 1], A = 2, W = 1 -> -(min(3, 2.56) + min(2, 2)) / 2 = -2.28.
     """
@@ -281,6 +279,7 @@ TINY = dict(k1=4, k2=2, k3=6, attention_layers=2, max_new_tokens=36, min_pixels=
 
 
 def option(default, help: str):
+    """A field of a dataclass, with its help text on the command line."""
     return HfArg(default=default, help=help)
 
 
@@ -382,8 +381,7 @@ class Settings:
 class Group:
     """A prompt, G responses to it, and what stays fixed during the updates on them."""
     position: int                           # in the endless shuffled stream of prompts
-    prompt: data.Prompt | None              # None only in a dummy, a filler without effect for a
-                                            # process that has fewer groups than another
+    prompt: data.Prompt | None              # None only in a dummy (see plan_passes)
     rollout: Rollout                        # response_ids, response_mask, frame_attention,
                                             # log_probs and entropy (0 in the padding); encoded is
                                             # the prompt with its embedded video
@@ -408,13 +406,11 @@ class Group:
 
 
 def weigh_tokens(group: Group, logits: Tensor | None, s: Settings) -> Tensor:
-    """Step 5. The weights of APPO (G, R), from logits (G, R, V). With alpha 0 all are 1, and
-    neither attention nor logits were recorded. To replace it, pass another function to `train`."""
-    mask = group.rollout.response_mask
-    if s.alpha == 0:
-        return torch.ones(mask.shape, device=mask.device)
-    return perception_token_weights(group.rollout.frame_attention, logits, mask, group.crucial,
-                                    k3=s.k3, alpha=s.alpha)
+    """Step 5. The weights of APPO (G, R), from logits (G, R, V). With alpha 0 there are no logits
+    and no crucial frames, and all weights are 1. To replace it, pass another to `train`."""
+    return perception_token_weights(group.rollout.frame_attention, logits,
+                                    group.rollout.response_mask, group.crucial, k3=s.k3,
+                                    alpha=s.alpha)
 
 
 @dataclass
@@ -430,7 +426,7 @@ class Run:
     world: int = 1                          # number of processes
     reward: Callable = data.task_reward     # (response, sample) -> (reward, accuracy, format)
     weigh: Callable = weigh_tokens          # (group, logits, settings) -> (G, R)
-    position: int = 0                       # prompts taken from the stream, over all processes
+    position: int = 0                       # prompts that all processes took from the stream
     seconds: Counter = field(default_factory=Counter)       # of the phases of a step
     last_lap: float = 0.0
 
@@ -492,7 +488,7 @@ def score_group(run: Run, group: Group) -> None:
 def groups_of_batch(run: Run, batches: Iterator[Batch]) -> tuple[list[Group], list[dict]]:
     """Steps 1 to 4 for the next batch: this process's (groups, records of unusable samples)."""
     batch = next(batches)
-    wait([visual for _, visual in batch.values()])          # so that waiting is timed by itself
+    wait([future for _, future in batch.values()])          # so that waiting is timed by itself
     run.lap("wait")
     prompts, unusable = data.build_prompts(batch, run.tokenizer,
                                            run.settings.max_prompt_tokens)      # step 1
@@ -536,11 +532,8 @@ def plan_passes(run: Run, groups: list[Group]) -> tuple[list[Group], int, bool]:
     gradient: it counts in the mean over groups, but is not computed.
 
     A pass through a sharded model is a collective call, so every process must make the same number:
-    one with fewer groups adds dummies, whose gradients are 0.
-
-    If no process has a group to compute, each still passes a dummy. From its gradients of 0 AdamW
-    takes a step by momentum, as it would from the groups that are not computed. Without any
-    gradient it would take none.
+    one with fewer groups adds dummies, whose gradients are 0. At least one pass is made in any
+    case: with gradients of 0 AdamW still takes its step by momentum, without any it would not.
     """
     s = run.settings
     active = [g for g in groups if s.kl_coef or s.masked_video or g.advantages.any()]
@@ -560,23 +553,23 @@ def update(run: Run, groups: list[Group]) -> list[float]:
     token weights, so step 5 is done there, without an extra pass.
     """
     s = run.settings
-    batch, total, finite = plan_passes(run, groups)
-    if total == 0:              # no sample of the batch was usable
+    computed, total, finite = plan_passes(run, groups)
+    if total == 0:              # no sample was usable, or dynamic sampling kept no group
         return []
     if not finite:              # no update
         return [math.nan]
-    for group in batch:
+    for group in computed:
         add_reference_log_probs(run, group)     # baselines only
     norms = []
     for number in range(s.updates_per_batch):
         first = number == 0
-        for group in batch:
+        for group in computed:
             log_probs, logits = run.policy(     # both at the temperature of sampling
                 group.rollout.encoded, group.rollout.response_ids, group.rollout.response_mask,
                 keep_logits=first and s.alpha > 0)
-            # Before the first update on a batch, the policy is the model that sampled it, up to
-            # rounding, and its own log-probabilities are taken for the old ones. How far those
-            # noted while sampling differ is not corrected, but logged: rollout_logprob_gap.
+            # The old log-probabilities are the policy's own before its first update. Those of the
+            # model that sampled differ by rounding: this is logged (rollout_logprob_gap), not
+            # corrected.
             if first:
                 run.lap("update")       # the time up to here, so that step 5 is timed by itself
                 group.old_log_probs = log_probs.detach()
@@ -621,12 +614,12 @@ def train(s: Settings, reward: Callable = data.task_reward,
     """
     rank, world, device = model_utils.init_processes()
     if rank == 0:
-        make_built_in_data(s)       # nothing, if the data are the user's own
+        make_built_in_data(s)       # does nothing if the user gave --data
     dist.barrier()
     # The data come before the model, so that errors in them surface early.
     samples, held_out = load_samples(s, s.data), load_samples(s, s.eval_data)
     if rank == 0:
-        make_built_in_model(s)      # nothing, if the model is the user's own
+        make_built_in_model(s)      # does nothing if the user gave --model
     dist.barrier()
     steps = s.steps or math.ceil(s.epochs * len(samples) / s.prompts_per_step)
     # With --resume, the folder's step and position are those of its newest checkpoint.
@@ -654,13 +647,14 @@ def train(s: Settings, reward: Callable = data.task_reward,
             folder.log("samples", *describe(groups, run.tokenizer, step))
             bar.set_postfix(accuracy=metrics.get("accuracy"), reward=metrics.get("reward"))
             sample_ids = [group.prompt.sample.id for group in groups]
-            # An error after three steps without a finite gradient, or with 5% unreadable samples.
+            # Raises an error after three steps without a finite gradient, or if over 5% of the
+            # samples cannot be read.
             folder.stop_if_failing(metrics["grad_norm"], sample_ids, skipped)
             last = step == steps
-            if last or s.eval_every and step % s.eval_every == 0:
+            if last or (s.eval_every and step % s.eval_every == 0):
                 folder.log("held_out", *score_held_out(run, held_out, reader, step))
             stopping = any(model_utils.all_gather(stop.requested)) and not last
-            if stopping or s.save_every and step % s.save_every == 0:
+            if stopping or (s.save_every and step % s.save_every == 0):
                 folder.save(run.model, run.tokenizer, s.model, run.policy, run.optimizer)
             if stopping:
                 raise RunError(f"stopped after step {step}; continue by the same command with "
@@ -670,7 +664,7 @@ def train(s: Settings, reward: Callable = data.task_reward,
         print_summary(folder, s)
 
 
-# ---------------------------------------------------------- what only options and baselines have
+# ------------------------------------------------------------- what options and baselines add
 
 def resample(run: Run, batches: Iterator[Batch],
              groups: list[Group]) -> tuple[list[Group], list[dict]]:
@@ -685,7 +679,7 @@ def resample(run: Run, batches: Iterator[Batch],
             break
         groups, more_unusable = groups_of_batch(run, batches)
         unusable += more_unusable
-    # All processes agree on those of a surplus that stay: the first of the stream.
+    # Of a surplus, all processes keep the same groups: the first ones of the stream.
     chosen = positions[:s.prompts_per_step]
     return [group for group in kept if group.position in chosen], unusable
 
@@ -731,7 +725,7 @@ def add_reference_log_probs(run: Run, group: Group) -> None:
     if run.settings.masked_video:
         masked = rollout.encoded
         if prompt is not None:      # a dummy has no video
-            # blackens a random share of the patches
+            # Blackens a random share of the patches, which stand in the order of the grids.
             patches = data.mask_patches(prompt.patches, prompt.video_grids + prompt.image_grids,
                                         random_numbers(run.settings.seed, MASK, group.position))
             masked, = model_utils.encode_prompts(run.model, [replace(prompt, patches=patches)])
@@ -745,8 +739,7 @@ def set_up(s: Settings, model, tokenizer, reward: Callable = data.task_reward,
     """The sharded policy, its optimizer and the reference, beside the model that samples."""
     reference = None
     if s.kl_coef:
-        # With trainable=False, Policy shares the model's weights. A copy, as `refresh` overwrites
-        # them.
+        # trainable=False shares the model's weights, which `refresh` overwrites: hence the copy.
         reference = copy.deepcopy(Policy(model, s.temperature, trainable=False))
     policy = Policy(model, s.temperature)       # which copies the weights, to fp32
     if s.gradient_checkpointing:
@@ -812,14 +805,14 @@ def prompt_stream(s: Settings, samples: list[data.Sample], start: int, rank: int
 
 
 def open_reader(s: Settings) -> data.VideoReader:
-    """The decoding processes."""
+    """Start the processes that decode videos."""
     return data.VideoReader(s.readers, s.decode_timeout, fps=s.fps, max_frames=s.max_frames,
                             min_pixels=s.min_pixels, max_pixels=s.max_pixels)
 
 
 def may_differ(s: Settings) -> set[str]:
-    """Settings in which a resumed run may differ from the run before."""
-    names = {"output", "save_every", "keep", "eval_every", "readers", "decode_timeout",
+    """Settings that may change when a run is resumed."""
+    names = {"output", "resume", "save_every", "keep", "eval_every", "readers", "decode_timeout",
              "rollout_groups", "gradient_checkpointing", "cpu_offload", "cuda_graph"}
     if s.lr_schedule == "constant":
         names |= {"steps", "epochs"}
@@ -852,15 +845,15 @@ def group_metrics(run: Run, group: Group) -> dict[str, float]:
 
 
 def batch_metrics(run: Run, groups: list[Group], seconds: float) -> dict[str, float]:
-    """The mean of each metric over the groups that have it; two metrics take the maximum."""
+    """The mean of each metric over the groups that have it; of two metrics, the maximum."""
     of_processes = model_utils.all_gather([(g.position, group_metrics(run, g)) for g in groups])
     # In the order of the stream, so that the sums are the same for any number of processes.
-    in_order = sorted(sum(of_processes, []), key=lambda pair: pair[0])
+    in_order = sorted(sum(of_processes, []))        # positions are unique
     columns = defaultdict(list)
     for _, metrics in in_order:
         for name, value in metrics.items():
             columns[name].append(value)
-    # What every record has, also if no group was computed.
+    # Every record has these, even if no group was computed.
     result = dict(loss=0.0, approx_kl=0.0, clip_fraction=0.0, rollout_logprob_gap=0.0,
                   token_weight_mean=1.0, token_weight_max=1.0)
     for name, values in columns.items():
@@ -904,7 +897,7 @@ def print_summary(folder: model_utils.RunFolder, s: Settings) -> None:
 def score_prompts(run: Run, prompts: dict[int, data.Prompt]) -> list[dict[str, float]]:
     """One sampled response to each prompt: its accuracy, and if the frame that shows the answer is
     known, whether the response attends to it most (top1) or among its K2 frames (topk)."""
-    # Attention is read with alpha above 0. All runs of a seed get the same random numbers.
+    # An alpha above 0 so that attention is read. All runs of a seed get the same random numbers.
     s = replace(run.settings, group_size=1, rollout_seed=run.settings.seed, alpha=1.0)
     run = replace(run, settings=s)
     scores = []
@@ -950,7 +943,7 @@ def make_built_in_data(s: Settings) -> None:
 
 def make_built_in_model(s: Settings) -> None:
     """The tiny model, if it is missing and used. With random weights every reward would be 0, so it
-    is first trained with supervision, up to about two correct answers in five."""
+    is first trained with supervision, until about two in five of its answers are correct."""
     folder = Path(s.toy_folder) / "model"
     if s.model != str(folder) or (folder / "config.json").exists():
         return
@@ -963,7 +956,7 @@ def make_built_in_model(s: Settings) -> None:
         prompts[n], _ = data.toy_prompt(rng, tokenizer, true_frame=n % 8)
 
     def new_model(attempt: int):
-        """Other random weights in each attempt, as some do not learn."""
+        """New random weights in each attempt, since some do not learn."""
         return model_utils.tiny_model(texts, s.seed + 1000 * attempt)[0]
 
     def measure(model) -> tuple[float, float]:
@@ -992,7 +985,7 @@ def is_tiny(model: str | None, toy_folder: str) -> bool:
     """Whether this is the built-in model, or was trained from it."""
     config = Path(model or f"{toy_folder}/model") / "config.json"
     if not config.is_file():
-        return model is None
+        return model is None        # without --model it will be made
     return '"appo_built_in": true' in config.read_text(errors="replace")
 
 
@@ -1022,7 +1015,7 @@ def check_settings(s: Settings) -> None:
     for name, value in asdict(s).items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        if not math.isfinite(value) or value < 0 or value == 0 and name not in MAY_BE_ZERO:
+        if not math.isfinite(value) or value < 0 or (value == 0 and name not in MAY_BE_ZERO):
             bound = "of at least" if name in MAY_BE_ZERO else "above"
             raise RunError(f"--{name} {value}: give a number {bound} 0")
     if s.min_pixels > s.max_pixels:
@@ -1031,6 +1024,8 @@ def check_settings(s: Settings) -> None:
     for name in ("clip_low", "beta2"):
         if getattr(s, name) >= 1:
             raise RunError(f"--{name} {getattr(s, name)}: give a number below 1")
+    if s.group_size == 1:
+        raise RunError("--group_size 1: give at least 2; advantages compare a group's responses")
     if s.overlong_buffer > s.max_new_tokens:
         raise RunError(f"--overlong_buffer {s.overlong_buffer} is longer than --max_new_tokens "
                        f"{s.max_new_tokens}: shorten it")

@@ -1,8 +1,8 @@
-"""A sample from its annotation to tensors, and how a response to it is scored.
+"""From a sample's annotation to its tensors, and how a response to it is scored.
 
 Top to bottom: annotation record -> Sample -> sampled frames and their times -> patches -> Visual,
 read in separate processes by VideoReader -> Prompt; then the rewards; then the built-in task.
-Of Qwen2.5-VL this file knows how frames become patches and where visual tokens stand in a prompt.
+Of Qwen2.5-VL this file only knows how frames become patches and where visual tokens go in a prompt.
 It needs neither the model's weights nor transformers: a tokenizer is handed in. Two sampled frames
 make one visual frame, the model's unit of time. Paper and supplement: arXiv 2602.23823.
 """
@@ -44,7 +44,8 @@ Span = tuple[float, float]  # (start, end) in seconds
 
 
 class DataError(ValueError):
-    """Data that cannot be used: one line; for an annotation with file, record, field and fix."""
+    """Data that cannot be used. The message is one line; for annotations it names file, record,
+    field and fix."""
 
 
 class VideoError(RuntimeError):
@@ -60,7 +61,7 @@ class Sample:
     question: str
     options: list[str]  # words without letters; [] if there is no choice
     answer: str  # "A".. for choice and grounding, a number as text for number
-    kind: str  # "choice", "number", "grounding" (choice with time spans), or a caller's
+    kind: str  # "choice", "number", "grounding" (choice with time spans) or "description"
     video: str | None = None
     image: str | None = None
     missing: list[str] = field(default_factory=list)  # paths not found; video or image is None
@@ -74,11 +75,11 @@ class Sample:
 
 
 SURROGATE = re.compile(r"[\ud800-\udfff]")
-LETTERED = re.compile(r"(?:\(([A-Z])\)|([A-Z])[.):])\s*(.*)", re.DOTALL)  # "A. book", "(A) book"
+LETTERED = re.compile(r"(?:\(([A-Z])\)|([A-Z])[.):])\s*(.*)")  # "A. book", "(A) book"
 
 
 def clean(value) -> str:
-    """A text without spaces at its ends; "" for a value that is not text in valid Unicode."""
+    """The text without spaces at its ends; "" if the value is not text in valid Unicode."""
     is_text = isinstance(value, str) and (value.isascii() or not SURROGATE.search(value))
     return value.strip() if is_text else ""
 
@@ -115,7 +116,7 @@ class Record:
         return float(value)
 
     def texts(self, name: str) -> list[str]:
-        """A list of texts of one line each."""
+        """A list of strings, each made one line."""
         values = self.fields.get(name)
         self.check(isinstance(values, list), name, "missing or no list; write a list of strings")
         texts = [" ".join(clean(value).split()) for value in values]
@@ -123,7 +124,7 @@ class Record:
         return texts
 
     def options(self, name: str) -> list[str]:
-        """The options' words. Letters before them are dropped if all options have theirs."""
+        """The options' words. Letters before them are dropped if every option has its own."""
         texts = self.texts(name)
         count = len(texts)
         self.check(2 <= count <= 26, name, f"{count} options; a choice needs 2 to 26")
@@ -143,7 +144,8 @@ class Record:
         return text
 
     def letter(self, name: str, options: list[str], counted: bool = False) -> str:
-        """Of the option that is named by letter, words or, if counted, index from 0."""
+        """The letter of the option that the field names: by letter, by words or, if counted, by
+        index from 0."""
         value = str(self.fields.get(name))
         if counted and re.fullmatch("[0-9]{1,2}", value):
             index = int(value)
@@ -184,18 +186,18 @@ def read_video_r1(record: Record) -> Sample | None:
                   group=record.text("data_source", problem_type), **{medium: record.text("path")})
 
 
-def counted_choice(record: Record, options: list[str], answer: str, group: str,
+def counted_choice(record: Record, options: list[str], answer_field: str, group_field: str,
                    kind: str = "choice", **fields) -> Sample:
-    """answer, group: names of fields. The answer is the option's index from 0."""
+    """A choice whose answer is the option's index from 0."""
     return Sample(record.id, record.text("question"), options,
-                  record.letter(answer, options, counted=True), kind,
-                  group=record.text(group, ""), **fields)
+                  record.letter(answer_field, options, counted=True), kind,
+                  group=record.text(group_field, ""), **fields)
 
 
 def read_next_gqa(record: Record) -> Sample:
     options = record.options("options")
     try:
-        # the sum fails for text
+        # A sum is a float, and a TypeError for text.
         spans = [(0.0 + start, 0.0 + end) for start, end in record.fields.get("time_clues")]
     except (TypeError, ValueError, OverflowError):
         spans = []
@@ -241,7 +243,7 @@ def shuffled_options(record: Record) -> tuple[list[str], str]:
 
 
 def read_perception_test(record: Record) -> Sample | None:
-    if "problem" in record.fields:  # with benchmark="perception_test" only, see `reader_of`
+    if "problem" in record.fields:  # in Video-R1's form; here only with benchmark="perception_test"
         return read_video_r1(record)
     return counted_choice(record, record.options("options"), "answer_id", "area",
                           video=f"{record.text('video_name')}.mp4")
@@ -379,11 +381,11 @@ class FileFinder:
 
     def exists(self, path: str) -> bool:
         folder, _, name = path.rpartition("/")
-        return name in self.names_in(folder + "/")
+        return name in self.names_in(folder + "/")      # also of "/name", where the folder is ""
 
     @cached_property
     def path_of_name(self) -> dict[str, str | None]:
-        """Of the whole tree, which is walked once, when the first file is not at its path."""
+        """Name -> path for the whole tree, walked once, when a file is first not at its path."""
         paths, walked = {}, set()
         for folder, folders, _ in os.walk(self.root, followlinks=True):
             real = os.path.realpath(folder)
@@ -392,7 +394,7 @@ class FileFinder:
                 continue
             walked.add(real)
             for name in self.names_in(folder + "/"):
-                # Of two of one name neither: it may be another video.
+                # Neither of two files with one name: they may be different videos.
                 paths[name] = None if name in paths else os.path.join(folder, name)
         return paths
 
@@ -403,11 +405,11 @@ class FileFinder:
             place = os.path.join(annotation.parent, path).rstrip("/")
             return place if self.exists(place) else None
         names = [name for name in path.split("/") if name not in ("", ".")]
-        for start in range(len(names) if by_name else len(names) - 1):
+        for start in range(len(names) - (not by_name)):     # the last tail is the name alone
             place = os.path.join(self.root, *names[start:])
             if self.exists(place):
                 return place
-        place = self.path_of_name.get(os.path.basename(path)) if by_name else None
+        place = self.path_of_name.get(names[-1]) if by_name and names else None
         if place is not None:
             self.found_by_name[path] = place
         return place
@@ -430,7 +432,7 @@ class FileFinder:
 def load_samples(path, video_root=None, benchmark: str | None = None) -> list[Sample]:
     """Reads annotations of the formats in FORMATS, for training and benchmarks.
 
-    path: one .json, .jsonl or .csv file, or several joined by commas.
+    path: one .json, .jsonl or .csv (NExT-QA) file, or several joined by commas.
     video_root: a video is looked up there as written, then by its longest existing tail, then by
         its name. None: as written, from the annotation's folder. Files that are not found are
         listed in `Sample.missing`.
@@ -442,7 +444,7 @@ def load_samples(path, video_root=None, benchmark: str | None = None) -> list[Sa
         raise DataError(f"{video_root}: no such folder; give the folder of the videos")
     if benchmark is not None and benchmark not in FORMATS:
         raise DataError(f"benchmark {benchmark!r} is unknown; use one of {', '.join(FORMATS)}")
-    paths = [Path(name.strip()) for name in str(path).split(",") if name.strip()]
+    paths = list(dict.fromkeys(Path(name.strip()) for name in str(path).split(",") if name.strip()))
     names = [path.name for path in paths]
     finder = FileFinder(video_root)
     samples = []
@@ -450,12 +452,12 @@ def load_samples(path, video_root=None, benchmark: str | None = None) -> list[Sa
     collecting = gc.isenabled()
     gc.disable()  # it would go through all the samples again and again, a quarter of the time
     try:
-        for path in paths:
-            name = path.name if names.count(path.name) == 1 else str(path)  # ids stay unique
-            for record in read_records(path, name):
+        for file in paths:
+            name = file.name if names.count(file.name) == 1 else str(file)  # ids stay unique
+            for record in read_records(file, name):
                 reader = FORMATS[benchmark][1] if benchmark else reader_of(record)
                 sample = reader(record)
-                if sample is None:
+                if sample is None:  # from read_video_r1 only
                     left_out[record.fields["problem_type"]] += 1
                     continue
                 finder.locate(record, sample)
@@ -463,15 +465,14 @@ def load_samples(path, video_root=None, benchmark: str | None = None) -> list[Sa
     finally:
         if collecting:
             gc.enable()
+    warning = logging.getLogger("appo").warning
     if left_out:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
-        message = f"{left_out.total()} records left out, no rule can score them: {kinds}"
-        logging.getLogger("appo").warning(message)
+        warning(f"{left_out.total()} records left out, no rule can score them: {kinds}")
     if finder.found_by_name:
         wanted, place = next(iter(finder.found_by_name.items()))
-        message = (f"{len(finder.found_by_name)} files were found by their name only, the first "
-                   f"{place!r} for {wanted!r}; are they the same?")
-        logging.getLogger("appo").warning(message)
+        warning(f"{len(finder.found_by_name)} files were found by their name only, the first "
+                f"{place!r} for {wanted!r}; are they the same?")
     if not samples:
         raise DataError(f"{path}: no record that can be scored; give multiple choice or numbers")
     return samples
@@ -581,10 +582,11 @@ def picture_settings(min_pixels: int, max_pixels: int) -> dict:
 
 
 def resized_size(height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Qwen's smart resize: the nearest multiples of 28, brought between the pixel limits.
+    """Qwen's smart resize: the nearest multiples of 28, scaled down to at most max_pixels or up to
+    at least min_pixels.
 
-    Example: 240 x 426 with both limits 50,176 -> 168 x 280, 60 tokens. Raises ValueError if one
-    side is over 200 times the other.
+    Example: 240 x 426 with both limits 50,176 -> 168 x 280, 60 tokens. (Scaled down, it may end
+    below the minimum.) Raises ValueError if one side is over 200 times the other.
     """
     unit = PATCH * MERGE
     if max(height, width) > 200 * min(height, width):
@@ -602,7 +604,7 @@ def resized_size(height: int, width: int, min_pixels: int, max_pixels: int) -> t
 def resize_frames(frames: Tensor, min_pixels: int, max_pixels: int) -> Tensor:
     """uint8 (T, 3, H, W) -> uint8 (T, 3, H', W') of `resized_size`."""
     size = resized_size(*frames.shape[-2:], min_pixels, max_pixels)
-    if size == tuple(frames.shape[-2:]):
+    if size == frames.shape[-2:]:
         return frames
     # On uint8, as Qwen's processor: on floats it would differ by up to 0.15 in the patches.
     return F.interpolate(frames, size=size, mode="bicubic", antialias=True)
@@ -694,9 +696,9 @@ def read_visual(sample: Sample, *, fps: float, max_frames: int, min_pixels: int,
             patches, grid = patchify(resize(read_picture(path))[None])
             visual.patches = torch.cat([visual.patches, patches])
             visual.image_grids = [grid]
-    except Exception as error:  # decord, Pillow and torch raise some twenty kinds for damaged files
+    except Exception as error:  # damaged files raise some twenty kinds in decord, Pillow and torch
         reason = " ".join(str(error).split())
-        reason = re.sub(r"\[[0-9:]+\] \S+ ", "", reason)[:200]  # without decord's source lines
+        reason = re.sub(r"\[[0-9:]+\] \S+ ", "", reason)[:200]  # without "[12:34:56] /x/y.cc:42: "
         kind = type(error).__name__
         raise VideoError(f"{path!r}: cannot be read ({kind}: {reason})") from None
     return visual
@@ -754,11 +756,12 @@ class Decoder:
         reply, late = None, False
         with suppress(EOFError, OSError):
             self.connection.send((asdict(sample), settings, timeout))
-            late = not self.connection.poll(timeout + 1)  # before that it ends itself
+            late = not self.connection.poll(timeout + 1)  # usually its own alarm ends it before
             if not late:
                 reply = self.connection.recv()
         if reply is None:
-            late = self.end() == -signal.SIGALRM or late
+            status = self.end()
+            late = late or status == -signal.SIGALRM
             cause = f"not decoded within {timeout:g} s" if late else "its decoding process died"
             reply = f"{sample.video or sample.image!r}: {cause}"
         if isinstance(reply, str):
@@ -781,10 +784,12 @@ class VideoReader:
     only.
     """
 
-    def __init__(self, processes: int = 2, timeout: float = 60.0, **settings):
-        """settings: fps, max_frames, min_pixels, max_pixels, as `read_visual` takes them."""
+    def __init__(self, processes: int = 2, timeout: float = 60.0, *, fps: float, max_frames: int,
+                 min_pixels: int, max_pixels: int):
+        """What follows the timeout is what `read_visual` takes."""
         self.timeout = timeout
-        self.settings = settings
+        self.settings = dict(fps=fps, max_frames=max_frames, min_pixels=min_pixels,
+                             max_pixels=max_pixels)
         self._threads = ThreadPoolExecutor(processes, thread_name_prefix="decode")
         self._decoders: dict[int, Decoder] = {}  # by thread
         self._closed = False
@@ -800,7 +805,7 @@ class VideoReader:
         decoder = self._decoders.get(thread)
         if decoder is None or decoder.process.poll() is not None:
             decoder = self._decoders[thread] = Decoder()
-            if self._closed:  # close() came too early for this process, so it never is ready
+            if self._closed:  # close() may have missed this new process, so it is ended here
                 decoder.end()
             decoder.wait_until_ready()
         return decoder.read(sample, self.settings, self.timeout)
@@ -876,12 +881,12 @@ def build_prompt(sample: Sample, visual: Visual, tokenizer) -> Prompt:
     tokens = chat_tokens(sample, visual, tokenizer)
     if [token for token in tokens if token in (video, image)] != expected:
         raise DataError("the chat template does not place each video and picture once; is it "
-                         "Qwen2.5-VL's?")
+                        "Qwen2.5-VL's?")
     grids = iter(visual.video_grids + visual.image_grids)
     input_ids = []
     frame_of_token = []
     for token in tokens:
-        t, h, w = next(grids) if token in expected else (1, MERGE, MERGE)  # a word: 1 token
+        t, h, w = next(grids) if token in expected else (1, MERGE, MERGE)  # a word counts 1
         tokens_per_frame = h * w // MERGE ** 2
         input_ids += [token] * (t * tokens_per_frame)
         for frame in range(t):
@@ -904,7 +909,8 @@ def read_ahead(reader: VideoReader, batches: Iterable[dict[int, Sample]]
     submitted = ({position: (sample, reader.submit(sample)) for position, sample in batch.items()}
                  for batch in batches)
     first = list(islice(submitted, 1))  # now, not when the caller asks for it
-    # The next batch is submitted before the one in front of it is handed out.
+    # pairwise fetches batch k + 1, which submits it, before it hands out (k, k + 1). None comes
+    # after the last one.
     return (batch for batch, _ in pairwise(chain(first, submitted, [None])))
 
 
@@ -917,10 +923,10 @@ def build_prompts(batch: dict[int, tuple[Sample, Future]], tokenizer,
     """
     prompts = {}
     skipped = []
-    for position, (sample, visual) in batch.items():
+    for position, (sample, future) in batch.items():
         unreadable = False
         try:
-            prompt = build_prompt(sample, visual.result(), tokenizer)
+            prompt = build_prompt(sample, future.result(), tokenizer)
             count = len(prompt.input_ids)
             if count <= max_tokens:
                 prompts[position] = prompt
@@ -946,7 +952,7 @@ def read_prompts(reader: VideoReader, samples: dict[int, Sample], size: int, tok
 # ------------------------------------------------- rewards, in linear time whatever the response is
 
 def element_text(text: str, tag: str) -> str | None:
-    """What stands in the only <tag> element; None if there are none or several, or an unclosed."""
+    """The text of the only <tag> element; None if there is none, several, or one left unclosed."""
     opening, closing = f"<{tag}>", f"</{tag}>"
     if text.count(opening) != 1 or text.count(closing) != 1:
         return None
@@ -955,7 +961,7 @@ def element_text(text: str, tag: str) -> str | None:
 
 
 def plain_words(text: str) -> str:
-    """For comparisons: without case, a full stop at the end, and more than one space."""
+    """For comparisons: ignores case, full stops at the end and repeated spaces."""
     return " ".join(text.split()).rstrip(" .").casefold()
 
 
@@ -985,8 +991,7 @@ NUMBER = re.compile(r"[+-]?(?=\.?[0-9])(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.[
 def parse_number(text: str) -> float | None:
     """The number that a text starts with, in ASCII digits and finite; other words may follow it
     ("12.5 meters")."""
-    first, *_ = text.split(None, 1) or [""]
-    digits = first.rstrip(".%")
+    digits = "".join(text.split(None, 1)[:1]).rstrip(".%")
     if len(digits) > 40 or not NUMBER.fullmatch(digits):
         return None
     value = float(digits.replace(",", ""))
@@ -1043,7 +1048,7 @@ def parse_spans(text: str) -> list[Span]:
 
 
 def union_length(spans: list[Span], duration: float) -> float:
-    """Of the part that lies between 0 and the duration."""
+    """Length of the part between 0 and the duration."""
     length = end_so_far = 0.0
     for start, end in sorted(map(tuple, spans)):
         end = min(end, duration)
@@ -1117,9 +1122,9 @@ OUTLINES = {  # x to the right, y down, from -1 to 1 over a quarter of the pictu
 RGB = {"red": (220, 50, 50), "green": (50, 190, 70), "blue": (60, 90, 230),
        "yellow": (230, 210, 60)}
 TOY_SHAPES, TOY_COLOURS = tuple(OUTLINES), tuple(RGB)
-# What a model says before it comes to the point: at each of 24 places one of four words. No reward
-# depends on them, so in the gradient they are noise, as much of a real model's reasoning is. A
-# weighting of tokens can show here what it is good for.
+# What a model says before it comes to the point: one of four words at each of 24 places. No reward
+# depends on them, so they are noise in the gradient, like much of a real model's reasoning. Here a
+# weighting of tokens can show what it is worth.
 TOY_FILLER = [words.split("/") for words in (
     "okay/so/well/now i/we/you/one should/must/can/will carefully/slowly/patiently/calmly "
     "watch/view/study/check this/that/our/your short/brief/little/small video/clip/film/movie "
@@ -1129,6 +1134,7 @@ TOY_FILLER = [words.split("/") for words in (
     "answering/solving/settling/deciding whatever/everything/anything/questions was/got/gets/were "
     "asked/wanted/requested/required here/today/below/above").split()]
 TOY_PIXELS = 56 * 56
+
 
 def toy_plan(rng: np.random.Generator) -> list[tuple[str, str, int]]:
     """(shape, colour, cell) that each of 8 visual frames shows: each shape once, and each colour
@@ -1141,9 +1147,9 @@ def toy_plan(rng: np.random.Generator) -> list[tuple[str, str, int]]:
 def toy_video(rng: np.random.Generator) -> tuple[Tensor, list[tuple[str, str, int]]]:
     """One built-in video: (sampled frames uint8 (16, 3, 56, 56), its `toy_plan`).
 
-    Entry f of the plan is visual frame f: sampled frames 2f and 2f + 1, equal but for noise of 20
-    grey levels. It shows one shape, in cell c at row c // 2, column c % 2, which is visual token
-    4 * f + c of the video.
+    Entry f of the plan is visual frame f: sampled frames 2f and 2f + 1, equal but for noise with a
+    standard deviation of 20 grey levels. It shows one shape, in cell c at row c // 2, column
+    c % 2, which is visual token 4 * f + c of the video.
     """
     plan = toy_plan(rng)
     frames = np.full((8, 1, 56, 56, 3), 60.0)
@@ -1261,10 +1267,10 @@ def toy_lessons(tokenizer, count: int, seed: int, *wordings: dict) -> list[list[
     """For each wording (see `toy_response`) lessons about the same `count` videos, which are in
     neither train.json nor test.json."""
     video = tokenizer.convert_tokens_to_ids("<|video_pad|>")
-    prompt, _ = toy_prompt(np.random.default_rng(0), tokenizer)
+    any_prompt, _ = toy_prompt(np.random.default_rng(0), tokenizer)
     questions = {}  # tokens of a prompt after the video and its end mark, alike for all videos
     for shape in TOY_SHAPES:
-        chat = chat_tokens(toy_sample(shape, TOY_COLOURS[0]), prompt, tokenizer)
+        chat = chat_tokens(toy_sample(shape, TOY_COLOURS[0]), any_prompt, tokenizer)
         questions[shape] = chat[chat.index(video) + 2:]
     lessons = [[] for _ in wordings]
     for number in range(count):
@@ -1298,11 +1304,11 @@ def toy_rows(tokenizer, plan: list[tuple[str, str, int]], questions: dict[str, l
 
 @dataclass
 class Stage:
-    """Supervised training of the built-in model on lessons, until it is good enough."""
+    """Supervised training of the built-in model on lessons, until it is finished."""
     lessons: list[Lesson]
     learning_rate: float
     check_every: int  # steps between two measurements
-    good_enough: Callable[[float, float], bool]  # of (accuracy, share that look at the true frame)
+    finished: Callable[[float, float], bool]  # (accuracy, share that looks at the true frame)
 
 
 def toy_stages(tokenizer, seed: int) -> list[Stage]:

@@ -1,4 +1,4 @@
-"""Measuring: benchmarks, what responses look at, the study of the algorithms, and speed.
+"""Measuring: benchmarks, what responses attend to, the study of the algorithms, and speed.
 
     python evaluate.py score --model M --data test.json --video_root videos --output scores/m
     python evaluate.py compare scores/a scores/b        is the difference more than chance?
@@ -28,7 +28,7 @@ import threading
 import time
 import zlib
 from collections import Counter, defaultdict
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from multiprocessing import get_context, parent_process
@@ -55,7 +55,7 @@ DECODING = dict(temperature=0.1, top_p=0.001, top_k=1, repetition_penalty=1.05)
 
 @contextmanager
 def explained(message: str):
-    """A folder that cannot be used is an error of one line."""
+    """Turns errors of reading a file or folder into a RunError of one line."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -68,7 +68,8 @@ def usable(name: str):
 
 
 def process_device() -> torch.device:
-    return model_utils.init_processes()[2]
+    _, _, device = model_utils.init_processes()
+    return device
 
 
 def load_model(name: str):
@@ -95,7 +96,7 @@ def read_prompts(samples: list[data.Sample], tokenizer, s: appo.Settings):
                                           tokenizer, s.max_prompt_tokens), total=batches)
 
 
-def evaluation_decoding(prompts: list, vocabulary: int,
+def evaluation_decoding(encoded: list[model_utils.EncodedPrompt], vocabulary: int,
                         penalty: float = DECODING["repetition_penalty"]) -> Callable:
     """The paper's evaluation decoding (supplement, Tab. B), as `choose` of model_utils.rollout.
 
@@ -105,9 +106,9 @@ def evaluation_decoding(prompts: list, vocabulary: int,
     Returns choose(logits (B, V), ids (B, 1 + R)) -> ids (B,); as in `rollout`, places of `ids` that
     are still to come repeat the last prompt token.
     """
-    device = prompts[0].input_ids.device
-    in_prompt = torch.zeros(len(prompts), vocabulary, dtype=torch.bool, device=device)
-    for row, prompt in zip(in_prompt, prompts):
+    device = encoded[0].input_ids.device
+    in_prompt = torch.zeros(len(encoded), vocabulary, dtype=torch.bool, device=device)
+    for row, prompt in zip(in_prompt, encoded):
         row[prompt.input_ids] = True
 
     def choose(logits: Tensor, ids: Tensor) -> Tensor:
@@ -125,8 +126,8 @@ def respond(model, tokenizer, prompts: dict[int, data.Prompt], s: appo.Settings)
         return {}
     encoded = model_utils.encode_prompts(model, list(prompts.values()))
     choose = evaluation_decoding(encoded, model.config.text_config.vocab_size)
-    sizes = torch.zeros(len(prompts), 1, s.max_new_tokens)      # nothing is drawn with `choose`
-    rollouts = model_utils.rollout(model, encoded, sizes, attention_layers=0, choose=choose,
+    uniforms = torch.zeros(len(prompts), 1, s.max_new_tokens)   # `choose` needs no random numbers
+    rollouts = model_utils.rollout(model, encoded, uniforms, attention_layers=0, choose=choose,
                                    cuda_graph=s.cuda_graph)
     responses = {}
     for number, rollout in zip(prompts, rollouts):
@@ -141,8 +142,8 @@ def respond(model, tokenizer, prompts: dict[int, data.Prompt], s: appo.Settings)
 
 COLUMNS = {"accuracy": "accuracy (greedy)", "format": "format", "iou": "mIoU", "iop": "mIoP",
            "acc_gqa": "Acc@GQA"}
-# What responses depend on (on the seed by the built-in model). A run that was stopped continues
-# only with the same.
+# What responses depend on; on the seed only because it makes the built-in model. A stopped run
+# continues only if these are unchanged.
 FIXED = ("model", "data", "fps", "max_frames", "min_pixels", "max_pixels", "max_new_tokens",
          "max_prompt_tokens", "seed")
 
@@ -190,6 +191,7 @@ def open_scores(output: Path, settings: dict) -> list[dict]:
     that it could not read are tried again."""
     output.mkdir(parents=True, exist_ok=True)
     summary, responses = output / "summary.json", output / "responses.jsonl"
+    # Responses without a summary have unknown settings, and are refused below.
     earlier = {} if responses.exists() else settings
     with explained(f"{output}: cannot be continued; give another --output"):
         if summary.exists():
@@ -214,8 +216,10 @@ def score(options) -> None:
     s, samples = read_task(options.rest, options.benchmark)
     model, tokenizer = load_model(s.model)
     questions = json.dumps([(x.id, x.question, x.options, x.answer) for x in samples])
+    weights = [file.stat().st_mtime for file in Path(s.model).glob("*.safetensors")]
     settings = {"benchmark": options.benchmark, "decoding": DECODING,
-                "questions": zlib.crc32(questions.encode())}
+                "questions": zlib.crc32(questions.encode()),
+                "weights": max(weights, default=None)}      # the model may be trained anew
     settings |= {name: getattr(s, name) for name in FIXED}
     output = Path(options.output)
     records = open_scores(output, settings)
@@ -342,7 +346,8 @@ def attention(options) -> None:
 
 
 def draw_attention(panels: list[tuple], output: str) -> None:
-    """Fig. A, C, F: of each (title, words, attention (R, F), group), frames by tokens."""
+    """Figs. A, C and F. Each panel is (title, words, attention (R, F), group): a row for each token
+    and a column for each frame."""
     from matplotlib.figure import Figure
     prompt = panels[0][-1].prompt
     F, R = prompt.num_frames, max(len(words) for _, words, *_ in panels)
@@ -380,23 +385,21 @@ def read_run(folder: Path) -> tuple[dict, dict]:
     with explained(f"{folder}: no run of appo.py; give run folders"):
         settings = json.loads((folder / "config.json").read_text())["settings"]
         records = model_utils.read_log(folder / "metrics.jsonl")
-    metrics = {}
-    for name in CURVES:
-        metrics[name] = np.array([record.get(name, np.nan) for record in records])
-    return settings, metrics
+    return settings, {name: np.array([record.get(name, np.nan) for record in records])
+                      for name in CURVES}
 
 
 def short_name(value) -> str:
-    """Of a setting. Of paths the last part counts, or of a checkpoint the name of its run."""
-    paths = [Path(path.removesuffix("/checkpoint")) for path in str(value).split(",")]
-    return ",".join(path.name for path in paths)
+    """A setting's short form: the last part of a path; for a checkpoint, its run's name."""
+    paths = [Path(path) for path in str(value).split(",")]
+    return ",".join(path.parent.name if path.name == "checkpoint" else path.name for path in paths)
 
 
 def label_runs(runs: list[dict]) -> list[str]:
     """A label for each run, from its settings; seeds of the same run share a label.
 
-    They are runs whose settings are equal, but for FREE and the folders in which files lie. The
-    label has the algorithm, and what differs among the runs and is not the algorithm's default.
+    Two runs count as seeds of one if their settings agree, except for FREE and the folders of
+    files. A label has the algorithm, and what differs among the runs and is not its default.
     Example: appo, appo with k2 = 5 and dapo -> "appo", "appo, k2 5", "dapo".
     """
     labels = [run["algorithm"] for run in runs]
@@ -412,16 +415,17 @@ def label_runs(runs: list[dict]) -> list[str]:
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean over the last `window` steps, fewer at the start."""
-    ends = range(1, len(values) + 1)
-    return np.array([values[max(0, end - window):end].mean() for end in ends])
+    """Mean over the last `window` steps, fewer at the start; of those that have the metric."""
+    known, ends = np.ma.masked_invalid(values), range(1, len(values) + 1)
+    means = [known[max(0, end - window):end].mean() for end in ends]
+    return np.ma.array(means).filled(np.nan)
 
 
 def curves(options) -> None:
     """Metrics over the training steps; of the seeds of a run, mean and standard deviation."""
-    folders = [Path(name) for name in options.runs]
     # runs/* also holds the built-in task
-    runs = [read_run(folder) for folder in folders if (folder / "metrics.jsonl").exists()]
+    runs = [read_run(folder) for folder in map(Path, options.runs)
+            if (folder / "metrics.jsonl").exists()]
     labels = label_runs([settings for settings, _ in runs])
     seeds = defaultdict(list)
     for label, (_, metrics) in zip(labels, runs):
@@ -444,7 +448,7 @@ def draw_curves(runs: dict[str, list[dict]], window: int, output: str,
             steps = min(len(metrics[name]) for metrics in seeds)
             lines = np.stack([smooth(metrics[name][:steps], window) for metrics in seeds])
             mean, spread = lines.mean(0), lines.std(0) / (len(lines) ** 0.5 if of_mean else 1)
-            axes.plot(range(1, steps + 1), mean, label=f"{label} (runs: {len(seeds)})")
+            axes.plot(range(1, steps + 1), mean, label=f"{label} (seeds: {len(seeds)})")
             axes.fill_between(range(1, steps + 1), mean - spread, mean + spread, alpha=0.2)
         axes.set(title=CURVES[name], xlabel="step")
         axes.grid(alpha=0.3)
@@ -483,7 +487,7 @@ def focus(options) -> None:
     for prompts, _ in read_prompts(samples, run.tokenizer, s):
         with_video = {n: prompt for n, prompt in prompts.items() if prompt.num_frames}
         for group in scored_groups(run, with_video):
-            correct = (group.accuracy >= s.threshold).cpu()                              # (G,)
+            correct = (group.accuracy >= s.threshold).cpu()     # as in training         # (G,)
             if correct.all() or not correct.any():
                 continue
             focused = appo.focused_frames(group.rollout.frame_attention,
@@ -524,14 +528,14 @@ def load_text_model(name: str):
 def answers(reasoning: str, samples: list[data.Sample], descriptions: dict[int, str],
             max_new_tokens: int):
     """Yields (number of the sample, a text model's greedy answer to the question about a video that
-    it knows by description). The model goes when all are given, so that only one is in memory."""
+    it knows by description). The model is freed at the end, so that only one is in memory."""
     pipeline = load_text_model(reasoning)
     for n, description in tqdm(descriptions.items(), desc="answer"):
         sample = samples[n]
         # The prompt of grounding asks for times, and needs a video.
         kind = "choice" if sample.kind == "grounding" else sample.kind
         question = f"A video is described as follows.\n{description}\n\n{sample.question}"
-        text = data.prompt_text(replace(sample, kind=kind, question=question), None)
+        text = data.prompt_text(replace(sample, kind=kind, question=question), visual=None)
         text = text.replace("<|", "< |")        # control tokens stay words, as in data.build_prompt
         output = pipeline([{"role": "user", "content": text}], max_new_tokens=max_new_tokens,
                           do_sample=False, return_full_text=False,
@@ -542,8 +546,8 @@ def answers(reasoning: str, samples: list[data.Sample], descriptions: dict[int, 
 def describe(samples: list[data.Sample], s: appo.Settings) -> dict[int, str]:
     """Descriptions of the videos that can be read, by number of the sample."""
     model, tokenizer = load_model(s.model)
-    changes = dict(question=DESCRIBE, options=[], kind="description")
-    to_describe = [replace(sample, **changes) for sample in samples]
+    to_describe = [replace(sample, question=DESCRIBE, options=[], kind="description")
+                   for sample in samples]
     descriptions = {}
     for prompts, _ in read_prompts(to_describe, tokenizer, s):
         descriptions |= respond(model, tokenizer, prompts, s)
@@ -557,10 +561,10 @@ def decouple(options) -> None:
     the question, and a reasoning model, which answers from the description.
     """
     perceivers, reasoners = options.perception.split(","), options.reasoning.split(",")
-    for name in reasoners:                      # a wrong name shows before the videos are described
+    for name in [*perceivers, *reasoners]:    # before --output is overwritten, and hours pass
         with usable(name):
             transformers.AutoConfig.from_pretrained(name)
-    table = [["perception / reasoning", "videos", *reasoners]]
+    table = [["perception / reasoning", "samples", *reasoners]]
     with open(options.output, "w") as file:
         for perception in perceivers:
             s, samples = read_task([*options.rest, "--model", perception])
@@ -584,7 +588,7 @@ def decouple(options) -> None:
 
 # An arm is an algorithm and, after colons, changes: settings of appo.py; "again", other random
 # numbers in the rollouts (the null: what chance does); one of CONTROLS, another weighting of
-# tokens; and last "true_frame", which tells that weighting the frame that shows the answer.
+# tokens; and "true_frame", which tells the weighting the frame that shows the answer.
 ARMS = ("dapo,dapo:again,grpo,papo_d,appo,appo:strategy=hard,appo:strategy=all,appo:shuffled,"
         "appo:mean_one,appo:oracle")
 FIGURE_ARMS = ("dapo", "appo", "appo:shuffled", "appo:oracle")
@@ -655,8 +659,8 @@ CONTROLS = {"shuffled": shuffled, "mean_one": mean_one, "oracle": oracle, "equal
 
 def arm_settings(arm: str, seed: int, number: int, folder: Path,
                  rest: list[str]) -> tuple[appo.Settings, Callable]:
-    """(settings, weighting of tokens) of an arm; number: of the run; `rest` holds the study's
-    options of appo.py."""
+    """(settings, weighting of tokens) of an arm; number: which run of the seed's model; rest: the
+    study's options of appo.py."""
     algorithm, *changes = arm.split(":")
     home, weigh, arguments = folder / f"seed-{seed}", appo.weigh_tokens, [*rest]
     if not any(argument.split("=")[0] == "--data" for argument in rest):
@@ -666,12 +670,12 @@ def arm_settings(arm: str, seed: int, number: int, folder: Path,
         name, _, value = change.partition("=")
         if name in CONTROLS:
             weigh = CONTROLS[name]
-        elif name == "true_frame":
-            weigh = functools.partial(true_frame, weigh)
         elif name == "again":
             rollout_seed += 500
-        else:
+        elif name != "true_frame":
             arguments += [f"--{name}", value]
+    if "true_frame" in changes:
+        weigh = functools.partial(true_frame, weigh)
     output = home / (re.sub(r"[^\w.]+", "-", arm) + f"-{number}")
     s = appo.parse_settings([
         "--save_every", "0", "--readers", "1", *arguments, "--algorithm", algorithm, "--seed",
@@ -683,7 +687,8 @@ def arm_settings(arm: str, seed: int, number: int, folder: Path,
 
 
 def end_with_parent() -> None:
-    """In a worker of a study: a killed study leaves none that writes beside the next."""
+    """In a study's worker: it exits when its parent dies, so that none writes beside the next
+    study."""
     def watch() -> None:
         wait([parent_process().sentinel])
         os._exit(1)
@@ -714,7 +719,8 @@ def run_figures(s: appo.Settings) -> dict[str, float]:
         figures[f"{name}, after"] = held_out[-1].get(name, np.nan)
     weights, found = {True: [], False: []}, []
     for group in model_utils.read_log(folder / "samples.jsonl"):
-        found.append(answer_frames(s.data)[group["id"]] in group["crucial_frames"])
+        frame = answer_frames(s.data)[group["id"]]
+        found.append(np.nan if frame is None else frame in group["crucial_frames"])
         for response in group["responses"]:
             for token, weight in zip(response["tokens"], response["weights"] or []):
                 weights[token in data.TOY_COLOURS].append(weight)
@@ -733,12 +739,13 @@ def with_interval(values: np.ndarray, sign: str = "") -> str:
 
 
 def study_table(figures: dict[str, dict]) -> list[list[str]]:
-    """Rows for {arm: {figure: (seeds, runs)}}, with paired differences to the first arm.
+    """Rows for {arm: {figure: (seeds, runs)}}, with paired differences to the first arm, or to the
+    mean of it and its ":again".
 
-    If there is the first arm ":again", all others are compared with the mean of these two. The
-    difference of ":again" itself to the first arm is the null, which shows what chance does.
+    The difference of ":again" itself to the first arm is the null, which shows what chance does.
     """
-    first, compared = next(iter(figures)), ["training", "accuracy, after"]
+    first, *_ = figures
+    compared = ["training", "accuracy, after"]
     bases = [figures[arm] for arm in (first, f"{first}:again") if arm in figures]
     rows = [["arm", *figures[first], *(f"{name} - {first}" for name in compared)]]
     for arm, values in figures.items():
@@ -763,38 +770,39 @@ def study(options) -> None:
     jobs = [(arm, *run, folder, options.rest) for run in runs for arm in arms]
     settings = {arm: [arm_settings(arm, *run, folder, options.rest)[0] for run in runs]
                 for arm in arms}
+    if len({s.output for of_arm in settings.values() for s in of_arm}) < len(jobs):
+        raise RunError(f"--arms {options.arms}: two arms have one folder; give each arm once")
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "study.json"
     if not config.exists():
-        config.write_text(json.dumps({"options": options.rest}))
+        data.write_whole(config, json.dumps({"options": options.rest}).encode())
     if json.loads(config.read_text())["options"] != options.rest:
         raise RunError(f"{folder}: holds a study with other options; give another --output")
-    of_seeds = settings[arms[0]][::options.rollout_seeds]
+    of_seeds = settings[arms[0]][::options.rollout_seeds]           # the first run of each
     if of_seeds[0].data == f"{folder}/train.json":
         data.make_toy_data(folder)
     with ProcessPoolExecutor(options.processes, get_context("spawn"), end_with_parent) as pool:
         list(pool.map(appo.make_built_in_model, of_seeds))
         if options.snr:
-            futures = [pool.submit(snr_figures, arms, seed, folder, options) for seed in seeds]
-            return print_snr(arms, [future.result() for future in futures])
-        futures = [pool.submit(train_arm, *job) for job in jobs]
-        try:
-            for future in tqdm(as_completed(futures), "runs", len(futures)):
-                future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)              # after an error start no further arm
+            of_seed = functools.partial(snr_figures, arms, folder, options)
+            return print_snr(arms, list(pool.map(of_seed, seeds)))
+        # after an error it starts no further arm
+        list(tqdm(pool.map(train_arm, *zip(*jobs)), "runs", len(jobs)))
     figures, drawn = {}, {}
     for arm, of_arm in settings.items():
         columns = [run_figures(s) for s in of_arm]
         figures[arm] = {name: np.reshape([column[name] for column in columns], (len(seeds), -1))
                         for name in columns[0]}
         if arm in FIGURE_ARMS:
-            drawn[arm] = [read_run(Path(s.output))[1] for s in of_arm]
+            lines = [read_run(Path(s.output))[1]["accuracy"] for s in of_arm]
+            of_models = np.reshape(lines, (len(seeds), options.rollout_seeds, -1)).mean(1)
+            drawn[arm] = [{"accuracy": line} for line in of_models]
     print(f"{len(seeds)} seeds from {seeds[0]}, {options.rollout_seeds} runs of each; mean (95% "
           "interval, bootstrap over seeds and runs); accuracy is that of sampled responses")
     print_table(study_table(figures))
     results = {arm: {name: x.tolist() for name, x in figures[arm].items()} for arm in arms}
-    config.write_text(json.dumps({"options": options.rest, "seeds": list(seeds), "arms": results}))
+    results = {"options": options.rest, "seeds": list(seeds), "arms": results}
+    data.write_whole(config, json.dumps(results).encode())
     if drawn:
         draw_curves(drawn, 10, f"{folder}/study.png", ["accuracy"], of_mean=True)
     print(f"every figure: {config}")
@@ -828,7 +836,7 @@ def group_gradients(run: appo.Run, group: appo.Group, arms: list[tuple]) -> Tens
     return torch.stack(gradients)
 
 
-def snr_figures(arms: list[str], seed: int, folder: Path, options) -> Tensor:
+def snr_figures(arms: list[str], folder: Path, options, seed: int) -> Tensor:
     """signal_to_noise of each arm, (arms, 2): of the gradients, and after Adam's scaling, which
     divides each parameter's gradients by the root of their mean square."""
     pairs = [arm_settings(arm, seed, 0, folder, options.rest) for arm in arms]
@@ -971,7 +979,7 @@ def plain_training_step(run: appo.Run, groups: list[appo.Group]) -> float:
     torch.optim.SGD(run.model.parameters(), lr=0.0).step()
     run.model.zero_grad()
     run.lap("update")
-    return max(differences)
+    return float(np.max(differences))       # nan, if one is nan
 
 
 def measure(options, new_tokens: int, columns: list[str], rounds: int) -> dict[str, dict]:
@@ -995,12 +1003,11 @@ def measure(options, new_tokens: int, columns: list[str], rounds: int) -> dict[s
             group_size=options.group, max_new_tokens=new_tokens, learning_rate=0.0,
             max_prompt_tokens=1 << 20, cuda_graph=options.cuda_graph,
             gradient_checkpointing=options.gradient_checkpointing)
-    with_reference = max(settings.values(), key=lambda s: s.kl_coef)             # if any has it
+    with_reference = max(settings.values(), key=lambda s: s.kl_coef)    # if a column needs one
     # nobody answers noise correctly, so every other response counts as correct
     outcomes = itertools.cycle([(1.0, 1.0, 1.0), (0.0, 0.0, 0.0)])
-    shared = appo.Run(with_reference, model, tokenizer, reward=lambda *_: next(outcomes))
-    if columns != [PLAIN]:                                       # which needs no policy
-        shared = appo.set_up(with_reference, model, tokenizer, shared.reward)
+    set_up = appo.Run if columns == [PLAIN] else appo.set_up     # the plain way needs no policy
+    shared = set_up(with_reference, model, tokenizer, reward=lambda *_: next(outcomes))
     batches = itertools.repeat(noise_batch(options.prompts, options.frames))
     steps, figures = {}, {column: defaultdict(list) for column in columns}
     for column, s in settings.items():
@@ -1014,7 +1021,7 @@ def measure(options, new_tokens: int, columns: list[str], rounds: int) -> dict[s
             result = step()
             if number == 0:
                 continue
-            seconds = {phase: shared.seconds[phase] for phase in PHASES}    # all runs count there
+            seconds = {phase: shared.seconds[phase] for phase in PHASES}    # shared by all runs
             seconds["step"] = sum(seconds.values())
             if column == PLAIN:
                 seconds["difference"] = result
@@ -1083,7 +1090,7 @@ def print_throughput(title: str, steps: dict[str, dict], prompts: int) -> None:
                       prompts / np.median(figures["step"]), *medians])
     print_table(table)
     if PLAIN in steps:
-        difference = max(steps[PLAIN]["difference"])
+        difference = np.max(steps[PLAIN]["difference"])
         print(f"largest difference between the plain way and ours: {difference:.1e}")
         tolerance = 1.0 if torch.cuda.is_available() else 1e-3                    # bf16 rounds
         if not difference < tolerance:
@@ -1099,6 +1106,12 @@ class Parser(argparse.ArgumentParser):
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError("give a whole number above 0")
+    return int(text)
+
+
+def several(text: str) -> int:
+    if positive(text) == 1:
+        raise argparse.ArgumentTypeError("give at least 2")
     return int(text)
 
 
@@ -1156,7 +1169,7 @@ def command_line() -> Parser:
     option("--seeds", "how many models", 10)
     option("--first_seed", "the first", 0, type=int)
     option("--rollout_seeds", "runs from each model", 3)
-    option("--snr", "train nothing; signal to noise over so many groups", type=positive)
+    option("--snr", "train nothing; signal to noise over so many groups", type=several)
     option("--processes", "runs at a time, a core each", 2)
     option("--output", "folder; runs that have finished there stay", "runs/study")
     option = add(throughput)

@@ -1,19 +1,21 @@
-"""What APPO (arXiv 2602.23823) needs of Qwen2.5-VL, and of the machine.
+"""What APPO (Attention-guided Perception Policy Optimization, arXiv 2602.23823) needs of Qwen2.5-VL
+and of the machine.
 
 From top to bottom: processes; loading; the prompt and its video, embedded once; attention of a
 group; rollout; log-probabilities of a group and its attention to the frames; sharding; the run
 folder; the tiny built-in model.
 
-Two copies of the weights are at work. The *rollout model* is an ordinary Hugging Face model in the
+Two copies of the weights are in use. The *rollout model* is an ordinary Hugging Face model in the
 compute type (bf16 on a GPU, fp32 on a CPU): it embeds videos, decodes, and is what a checkpoint
 holds. The *policy* is the trained fp32 copy of its language model, sharded over the processes.
 After each training step the rollout model is refreshed from the policy. The vision tower is
 frozen, so one copy serves both.
 
 Letters in shapes: P prompt tokens, G responses to a prompt (a group), R response tokens, T response
-tokens of a group without padding, F frames, V vocabulary entries, H hidden size, D head size,
-N prompts that decode together, B = N * G rows, kv key heads and s query heads for each of them. A
-frame is a visual time step: Qwen2.5-VL merges two sampled frames into one.
+tokens of a group without padding, F frames (in code, F is torch.nn.functional), V vocabulary
+entries, H hidden size, D head size, L tokens of any sequence, Q queries and K keys, N prompts that
+decode together, B = N * G rows, kv key heads and s query heads for each of them. A frame is a
+visual time step: Qwen2.5-VL merges two sampled frames into one.
 """
 import copy
 import json
@@ -57,9 +59,10 @@ def printable(text: str) -> str:
 # -------------------------------------------------------------------------------------- processes
 
 def init_processes() -> tuple[int, int, torch.device]:
-    """(rank, world size, device). Without torchrun: a process group of one, so there is one path.
+    """(rank, world size, device). Without torchrun it makes a process group of one, so that all
+    code may call collectives.
 
-    Raises RunError if there is a GPU that torch cannot use: fp32 on the CPU would look hung.
+    Raises RunError if there is a GPU that torch cannot use: a run on the CPU would look hung.
     """
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
@@ -88,7 +91,7 @@ def all_gather(thing) -> list:
 
 
 def compute_type(device: torch.device) -> torch.dtype:
-    """In which type models compute. The policy's own weights are fp32 everywhere."""
+    """The type that models compute in. The policy's own weights are fp32 everywhere."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
@@ -113,7 +116,9 @@ def load_model(name: str, device: torch.device):
         source_files(name, local_files_only=False)  # fetched now, since checkpoints copy them
         model, report = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
             name, dtype=compute_type(device), output_loading_info=True)
-    except (OSError, ValueError, SafetensorError) as error:
+    except RunError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise RunError(f"{name}: no usable model ({reason}); give a hub name or a folder with the "
                        "configuration, tokenizer and weights of a qwen2_5_vl model") from error
@@ -149,7 +154,8 @@ def attend_in_windows(attention, hidden_states, cu_seqlens, position_embeddings,
     """Attention of a vision block, all windows of one length in one call.
 
     transformers calls the attention once per window: hundreds of times per video and block.
-    hidden_states (L, H); cu_seqlens, where each window starts and the last one ends -> (L, H)
+    The names are those of its call. hidden_states (L, H); cu_seqlens, where each window starts and
+    the last one ends -> (L, H)
     """
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
     qkv = attention.qkv(hidden_states).unflatten(1, (3, attention.num_heads, -1))
@@ -172,7 +178,7 @@ def mrope_positions(input_ids: Tensor, video_grids, image_grids, seconds_per_gri
                     config) -> tuple[Tensor, int]:
     """Positions of a prompt in Qwen2.5-VL's three-dimensional rotary embedding.
 
-    Text counts on by 1 in all three rows (time, height, width). The token of a video that starts
+    Text advances by 1 in all three rows (time, height, width). The token of a video that starts
     at position s, at frame t, row y and column x, has the position
     (s + floor(t * seconds * tokens_per_second), s + y, s + x); in an image t is 0. The text after
     it goes on at the largest position + 1, as the model was trained.
@@ -190,7 +196,8 @@ def mrope_positions(input_ids: Tensor, video_grids, image_grids, seconds_per_gri
     grids = {config.video_token_id: list(zip(video_grids, seconds_per_grid, strict=True)),
              config.image_token_id: [(grid, 0.0) for grid in image_grids]}
     spans, position = [], 0
-    for token, run in groupby(input_ids.tolist(), lambda id: id if id in grids else None):
+    # A run is text, or one video or image: marks stand between two of these.
+    for token, run in groupby(input_ids.tolist(), lambda i: i if i in grids else None):
         count = len(list(run))
         if token is None:
             span = torch.arange(count).expand(3, -1)
@@ -198,9 +205,9 @@ def mrope_positions(input_ids: Tensor, video_grids, image_grids, seconds_per_gri
             raise ValueError("the prompt has more videos or images than grids")
         else:
             (t, h, w), seconds = grids[token].pop(0)
-            time = (torch.arange(t, dtype=torch.float64) * seconds * tokens_per_second).long()
+            times = (torch.arange(t, dtype=torch.float64) * seconds * tokens_per_second).long()
             rows, columns = torch.arange(h // merge), torch.arange(w // merge)
-            span = torch.stack(torch.meshgrid(time, rows, columns, indexing="ij")).flatten(1)
+            span = torch.stack(torch.meshgrid(times, rows, columns, indexing="ij")).flatten(1)
         if span.shape[1] != count:
             raise ValueError("the prompt's visual tokens do not match its grids")
         spans.append(position + span)
@@ -226,7 +233,8 @@ class EncodedPrompt:
 def encode_prompts(model, prompts: list) -> list[EncodedPrompt]:
     """Embed the videos and images of all prompts in one call of the vision tower.
 
-    prompts: data.Prompt or anything with its fields, videos before images.
+    prompts: data.Prompt or anything with its fields. In `patches` and in `input_ids` (on the CPU),
+        videos stand before images.
     """
     device, config = model.device, model.config
     visual_ids = torch.tensor([config.video_token_id, config.image_token_id])
@@ -320,8 +328,8 @@ def group_attention(module, query, key, value, attention_mask, scaling,
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """query (B, Q, heads, D), key and value (B, K, kv_heads, D) -> (B, Q, heads, D)
 
-    K >= Q, and the last query sees all keys. Fused kernels, whose memory does not grow with
-    Q * K; on a GPU flash attention.
+    K >= Q, and the last query sees all keys. On a GPU this is flash attention, whose memory does
+    not grow with Q * K.
     """
     from torch.nn.attention.bias import causal_lower_right      # slow to import
     mask = causal_lower_right(query.shape[1], key.shape[1])
@@ -334,8 +342,8 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
 def attention_scores(query: Tensor, keys: Tensor) -> Tensor:
     """query (..., Q, D) and keys (..., K, D) -> fp32 (..., Q, K).
 
-    The scores of Qwen often are in the thousands: in bf16 they would lose what the softmax depends
-    on. The fused kernels keep them in fp32, too.
+    Qwen's scores are often in the thousands: in bf16 they would lose the differences that the
+    softmax depends on. The fused kernels keep them in fp32, too.
     """
     if keys.dtype == torch.float32:
         return query @ keys.mT
@@ -363,8 +371,8 @@ class PackedGroup:
         # Where the query stands that predicts each response token: directly before the token, which
         # for the first one of a response is the end of the prompt.
         places = P - 1 + torch.arange(len(self.row), device=self.row.device)
-        self.before = places.where(self.column > 0, P - 1)                      # (T,)
-        self.frame_attention: list[Tensor] = []     # (G, R, F) of each layer that is read
+        self.query_places = places.where(self.column > 0, P - 1)                      # (T,)
+        self.readings: list[Tensor] = []    # frame attention (G, R, F) of each layer that is read
 
     def unpack(self, values: Tensor) -> Tensor:
         """Values of the response tokens (T, ...) -> (G, R, ...), 0 in the padding."""
@@ -394,7 +402,7 @@ class PackedGroup:
         query (P + T, heads, D), keys (G, P + R, kv_heads, D)
         """
         keys = keys.transpose(1, 2)                                             # (G, kv, P + R, D)
-        query = self.unpack(query[self.before]).transpose(1, 2)                 # (G, heads, R, D)
+        query = self.unpack(query[self.query_places]).transpose(1, 2)           # (G, heads, R, D)
         query = query.unflatten(1, (keys.shape[1], -1))                         # (G, kv, s, R, D)
         scores = attention_scores(query.flatten(2, 3), keys).unflatten(2, query.shape[2:4])
         # The query that predicts response token r stands at P + r - 1.
@@ -402,7 +410,7 @@ class PackedGroup:
         weights = (scores * scaling).masked_fill(ahead, -torch.inf).softmax(-1)
         to_prompt = weights[..., :self.prompt_length].mean((1, 2))              # (G, R, P)
         pooling = frame_pooling(self.prompt.frame_of_token, self.prompt.num_frames)
-        self.frame_attention.append(to_prompt @ pooling)
+        self.readings.append(to_prompt @ pooling)
 
 
 class DecodingCache:
@@ -430,11 +438,12 @@ class DecodingCache:
         N, num_frames = len(prompts), max(prompt.num_frames for prompt in prompts)
         self.read_layers = range(max(num_layers - attention_layers, 0), num_layers)
         self.t = torch.zeros(1, dtype=torch.long, device=device)    # the decoding position
-        # The response keys that attention reads, at least t + 1: `rollout` lets them grow.
+        # The response keys that attention reads, at least t + 1. `rollout` raises the number once
+        # per BLOCK, since a CUDA graph needs fixed shapes.
         self.keys_read = max_new_tokens
         zeros = partial(torch.zeros, dtype=language_model.dtype, device=device)
-        self.prompt = zeros(num_layers, 2, N, kv_heads, P, head_dim)
-        self.response = zeros(num_layers, 2, N, kv_heads, group_size, max_new_tokens, head_dim)
+        self.prompt_kv = zeros(num_layers, 2, N, kv_heads, P, head_dim)
+        self.response_kv = zeros(num_layers, 2, N, kv_heads, group_size, max_new_tokens, head_dim)
         # The keys that are padding or still to come.
         self.unseen = torch.ones(N, 1, 1, 1, P + max_new_tokens, dtype=torch.bool, device=device)
         frame_of_token = torch.full((N, P), -1, device=device)
@@ -449,28 +458,28 @@ class DecodingCache:
 
     def prefill(self, number, layer, query, key, value, scaling) -> Tensor:
         """Attention of prompt `number` to itself; its keys and values are stored."""
-        stored = self.prompt[layer, :, number, :, :key.shape[1]].transpose(1, 2)
+        stored = self.prompt_kv[layer, :, number, :, :key.shape[1]].transpose(1, 2)
         stored[0], stored[1] = key[0], value[0]         # each (this prompt's tokens - 1, kv, D)
         return causal_attention(query, key, value, scaling)
 
     def decode(self, layer, query, key, value, scaling) -> Tensor:
         """Attention of one new token per row, computed eagerly so that its weights can be read."""
-        N, kv_heads, G, _, head_dim = self.response[layer, 0].shape
+        N, kv_heads, G, _, head_dim = self.response_kv[layer, 0].shape
         query, key, value = (x.view(N, G, kv_heads, -1, head_dim).transpose(1, 2)
                              for x in (query, key, value))      # (N, kv, G, s or 1, D)
-        prompt_keys, prompt_values = self.prompt[layer]                         # (N, kv, P, D)
-        self.response[layer].index_copy_(4, self.t, torch.stack([key, value]))
-        keys, values = self.response[layer, ..., :self.keys_read, :]            # (N, kv, G, R, D)
+        prompt_keys, prompt_values = self.prompt_kv[layer]                         # (N, kv, P, D)
+        self.response_kv[layer].index_copy_(4, self.t, torch.stack([key, value]))
+        keys, values = self.response_kv[layer, ..., :self.keys_read, :]
         P = prompt_keys.shape[2]
         self.unseen.index_fill_(-1, P + self.t, False)
         prompt_scores = attention_scores(query.flatten(2, 3), prompt_keys).unflatten(2, (G, -1))
-        scores = torch.cat([prompt_scores, attention_scores(query, keys)], dim=-1)  # (.., s, P + R)
+        scores = torch.cat([prompt_scores, attention_scores(query, keys)], dim=-1)
         unseen = self.unseen[..., :P + self.keys_read]
         weights = (scores.masked_fill(unseen, -torch.inf) * scaling).softmax(-1)
+        # (N, kv, G, s, P) and (N, kv, G, s, keys_read)
         to_prompt, to_response = weights[..., :P], weights[..., P:]
         if layer in self.read_layers:
-            of_heads = to_prompt.transpose(1, 2).flatten(2, 3)                  # (N, G, heads, P)
-            to_frames = of_heads.mean(2) @ self.pooling                         # (N, G, F)
+            to_frames = to_prompt.mean((1, 3)) @ self.pooling                   # (N, G, F)
             self.frame_attention.index_add_(2, self.t, to_frames[:, :, None],
                                             alpha=1 / len(self.read_layers))
         prompt_output = to_prompt.to(values.dtype).flatten(2, 3) @ prompt_values
@@ -548,7 +557,7 @@ def rollout(model, prompts: list[EncodedPrompt], uniforms: Tensor, *, temperatur
         t.add_(1)
 
     on_gpu = device.type == "cuda"
-    for count in range(1, max_new_tokens + 1):
+    for count in range(1, max_new_tokens + 1):      # tokens of each response after this pass
         if count % BLOCK == 1:
             run = next_token        # the first token of a block runs eagerly
             cache.keys_read = min(count - 1 + BLOCK, max_new_tokens)
@@ -562,15 +571,16 @@ def rollout(model, prompts: list[EncodedPrompt], uniforms: Tensor, *, temperatur
             if torch.isin(ids[:, 1:count + 1], ends).any(1).all():
                 break
     is_end = torch.isin(ids[:, 1:count + 1], ends).long()
-    masks = is_end.cumsum(1) - is_end == 0      # no end token stands before it
+    masks = (is_end.cumsum(1) - is_end) == 0    # no end token stands before it
     rollouts = []
     for i, prompt in enumerate(prompts):        # cut to the longest response of each group
         rows = slice(i * G, (i + 1) * G)
         R = int(masks[rows].sum(1).max())
         mask = masks[rows, :R]
-        response = [x[rows, :R].where(mask, 0) for x in (ids[:, 1:], log_probs, entropy)]
         attention = cache.frame_attention[i, :, :R, :prompt.num_frames] * mask[:, :, None]
-        rollouts.append(Rollout(prompt, response[0], mask, *response[1:], attention))
+        rollouts.append(Rollout(
+            prompt, ids[rows, 1:R + 1].where(mask, 0), mask, log_probs[rows, :R].where(mask, 0),
+            entropy[rows, :R].where(mask, 0), attention))
     return rollouts
 
 
@@ -607,7 +617,8 @@ class Policy(nn.Module):
         """response_ids (G, R), response_mask bool (G, R)
         -> (log_probs (G, R), 0 in the padding; logits (G, R, V) in the compute type, or None)
 
-        The logits, without gradient, are those of `sampling_logits`.
+        The logits, without gradient, are those of `sampling_logits`. group: made of the same prompt
+        and mask, where the caller wants to read its attention.
         """
         group = group or PackedGroup(prompt, response_mask)
         targets = response_ids[response_mask]                                   # (T,)
@@ -617,7 +628,7 @@ class Policy(nn.Module):
         positions = torch.cat([prompt.positions, response_positions], dim=1)    # (3, P + T)
         hidden = hidden_states(self.language_model, embeds[None], positions[:, None],
                                group.attend)
-        hidden = hidden[0, group.before]                                        # (T, H)
+        hidden = hidden[0, group.query_places]                                        # (T, H)
         logits = None
         if keep_logits:
             logits = hidden.new_zeros(*response_ids.shape, self.lm_head.out_features)
@@ -650,14 +661,16 @@ def frame_attention(policy: Policy, prompt: EncodedPrompt, response_ids: Tensor,
     The query is the one that predicted the token: the token before it, and the prompt's last for
     the first. Its attention weights are averaged over the visual tokens of a frame, over all heads
     and over the last layers (paper, section 3.2). `rollout` reads the same while it decodes.
-    A token that attends evenly to a prompt of P tokens has 1 / P for every frame.
+    A token that attends evenly to the P tokens of a prompt, and to no other, has 1 / P for every
+    frame.
 
+    layers: how many of the last layers are read, at least 1
     response_ids (G, R), response_mask bool (G, R) -> fp32 (G, R, F), 0 in the padding
     """
     last_layers = range(len(policy.language_model.layers))[-layers:]
     group = PackedGroup(prompt, response_mask, last_layers)
     policy(prompt, response_ids, response_mask, group=group)    # FSDP gathers weights in forward
-    return torch.stack(group.frame_attention).mean(0) * response_mask[..., None]
+    return torch.stack(group.readings).mean(0) * response_mask[..., None]
 
 
 def pool_attention(attentions: tuple, frame_of_token: Tensor, layers: int = 3) -> Tensor:
@@ -665,7 +678,7 @@ def pool_attention(attentions: tuple, frame_of_token: Tensor, layers: int = 3) -
 
     attentions: of generate(..., output_attentions=True, return_dict_in_generate=True): for each
         new token, for each layer, (G, heads, queries, keys); frame_of_token (P,), the frame of a
-        video token, -1 elsewhere -> fp32 (G, R, F). Padding is not masked.
+        video token, -1 elsewhere; layers: at least 1 -> fp32 (G, R, F). Padding is not masked.
     """
     P = len(frame_of_token)
     pooling = frame_pooling(frame_of_token, int(frame_of_token.max()) + 1)      # (P, F)
@@ -678,7 +691,7 @@ def pool_attention(attentions: tuple, frame_of_token: Tensor, layers: int = 3) -
 
 def dummy_rollout(model) -> Rollout:
     """The smallest group that a policy can take, one prompt token and one response of one token:
-    for a process that has none of its own when others compute theirs together."""
+    for a process that has none of its own while the others compute theirs together."""
     ids = end_token_ids(model)[:1]                                              # (1,)
     zeros = torch.zeros(1, 1, device=model.device)
     prompt = EncodedPrompt(input_ids=ids, positions=ids.new_zeros(3, 1), next_position=1,
@@ -729,8 +742,8 @@ def refresh(model, policy: Policy) -> None:
 # ------------------------------------------------------------------- the run folder, and stopping
 
 def read_log(log: Path) -> list[dict]:
-    """The records of a .jsonl file; none if it does not exist. Half a last line, of a run that was
-    killed, does not count."""
+    """The records of a .jsonl file; none if it does not exist. An unfinished last line, left by a
+    killed run, is ignored."""
     if not log.exists():
         return []
     return [json.loads(line) for line in log.read_bytes().split(b"\n")[:-1]]
@@ -768,7 +781,7 @@ class RunFolder:
             raise RunError(f"{self.path}: no run to resume; leave out --resume or fix --output")
         for name, before in json.loads(config.read_text())["settings"].items():
             now = self.settings.get(name)
-            if name not in may_differ | {"resume"} and now != before:
+            if name not in may_differ and now != before:
                 raise RunError(f"--{name} is {now} and was {before} in {self.path}; resume with "
                                "the same settings")
         states = sorted(self.path.glob(COMPLETE))
@@ -813,8 +826,8 @@ class RunFolder:
             log, cut = self.path / f"{name}.jsonl", self.path / f"{name}.cut"
             if not log.exists():
                 continue
-            before = []
-            if self.checkpoint is not None:     # otherwise also what was measured before step 1
+            before = []     # without a checkpoint drop all, what was logged at step 0, too
+            if self.checkpoint is not None:
                 before = [record for record in read_log(log) if record["step"] <= self.step]
             cut.write_text("".join(json.dumps(record) + "\n" for record in before))
             cut.replace(log)
@@ -828,7 +841,7 @@ class RunFolder:
                         skipped: list[dict]) -> None:
         """Raise RunError if too many samples are unreadable or too many steps were not finite."""
         self.unreadable += sum(record["unreadable"] for record in skipped)
-        if self.unreadable > 0.05 * max(100, self.position):
+        if self.unreadable > 0.05 * max(100, self.position):    # the first five never stop a run
             raise RunError(f"{self.unreadable} of {self.position} samples could not be read, over "
                            f"5%; fix the videos listed in {self.path / 'skipped.jsonl'}")
         self.not_finite = [] if math.isfinite(grad_norm) else [*self.not_finite, sample_ids]
@@ -868,11 +881,11 @@ def source_files(source: str, local_files_only: bool) -> list[Path]:
 
 
 def copy_source_files(source: str, folder: Path) -> None:
-    for name in SOURCE_FILES:       # transformers has written some of them anew
+    for name in SOURCE_FILES:       # transformers has rewritten some of them
         (folder / name).unlink(missing_ok=True)
     try:
         files = source_files(source, local_files_only=True)
-    except OSError:     # transformers takes a folder that is gone for a hub name
+    except OSError:     # transformers takes a missing folder for a hub name
         files = []
     for file in files:
         shutil.copyfile(file, folder / file.name)
@@ -887,7 +900,7 @@ def save_checkpoint(folder: Path, model, tokenizer, source: str | None, policy=N
     policy's weights and the optimizer's moments, by all processes together, and the state.
 
     The files beside the weights are those of the `source` model, unchanged, so whatever loads the
-    source loads the checkpoint. All is written to a folder beside, which is renamed when complete.
+    source loads the checkpoint. All is written to a sibling folder, which is renamed when complete.
     """
     import torch.distributed.checkpoint as checkpoints                      # slow to import
     from torch.distributed.checkpoint.state_dict import get_state_dict
@@ -908,8 +921,7 @@ def save_checkpoint(folder: Path, model, tokenizer, source: str | None, policy=N
         if writes:
             if state is not None:
                 (partial_folder / "state.json").write_text(json.dumps(state))
-            if folder.exists():
-                shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
             partial_folder.rename(folder)
     except (OSError, SafetensorError, checkpoints.CheckpointException) as error:
         reason = " ".join(str(error).split())[-300:]    # the cause comes last
@@ -1018,30 +1030,31 @@ def warm_up(new_model: Callable, stages: list, measure: Callable):
     """A tiny model that has learned the built-in task by supervision, as far as reinforcement
     learning needs.
 
-    new_model(attempt): a model with other random weights for each attempt. stages: of
-    data.toy_stages. measure(model): what `good_enough` of a stage takes.
+    new_model(attempt): a model with new random weights for each attempt. stages: data.Stage, whose
+    lessons are data.Lesson. measure(model): what `finished` of a stage takes.
     Raises RunError if no attempt learns it.
     """
     for attempt in range(5):    # some initialisations learn to answer without looking
         model = new_model(attempt)
         align_vision(model, stages[0].lessons)
         prompts = [lesson.prompt for lesson in stages[0].lessons]   # the same in all stages
-        encoded = sum([encode_prompts(model, prompts[start:start + 64])
-                       for start in range(0, len(prompts), 64)], [])
+        encoded = [prompt for start in range(0, len(prompts), 64)
+                   for prompt in encode_prompts(model, prompts[start:start + 64])]
         if all(learn_answers(model, stage, encoded, measure) for stage in stages):
             return model
     raise RunError("the built-in model did not learn its task; try another --seed")
 
 
 def batches_of(count: int, size: int) -> Iterator[list[int]]:
+    """Endless batches of numbers below `count`, each drawn anew."""
     generator = torch.Generator().manual_seed(0)
     while True:
         yield torch.randperm(count, generator=generator)[:size].tolist()
 
 
 def align_vision(model, lessons: list, steps: int = 60) -> None:
-    """The vision tower learns to say what each visual token shows. Without it, nothing is
-    learned."""
+    """The vision tower learns to say what each visual token shows. Without this, the language model
+    learns nothing."""
     embed_tokens = model.model.language_model.embed_tokens
     learning = nn.ModuleList([model.model.visual, embed_tokens]).requires_grad_(True)
     optimizer = torch.optim.AdamW(learning.parameters(), lr=2e-3)
@@ -1054,8 +1067,8 @@ def align_vision(model, lessons: list, steps: int = 60) -> None:
         # The shape and the colour that each visual token shows, or padding.
         words = torch.cat([lesson.token_words for lesson in batch])     # (visual tokens, 2)
         log_probs = (embeds @ embed_tokens.weight.mT).log_softmax(-1).gather(-1, words)
-        empty = words == model.generation_config.pad_token_id
-        weights = torch.where(empty, 0.3, 1.0)      # three of four visual tokens show nothing
+        # Three of four visual tokens show nothing.
+        weights = torch.where(words == model.generation_config.pad_token_id, 0.3, 1.0)
         loss = -(log_probs * weights).sum() / weights.sum()
         loss.backward()
         optimizer.step()
@@ -1065,7 +1078,7 @@ def align_vision(model, lessons: list, steps: int = 60) -> None:
 
 def learn_answers(model, stage, encoded: list[EncodedPrompt], measure: Callable,
                   max_steps: int = 240) -> bool:
-    """The language model learns to answer until it is good enough; False if it fails."""
+    """The language model learns to answer until the stage is finished; False if it never is."""
     lessons = stage.lessons
     policy = Policy(model)
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
@@ -1076,13 +1089,12 @@ def learn_answers(model, stage, encoded: list[EncodedPrompt], measure: Callable,
         for number in batch:
             lesson = lessons[number]
             log_probs, _ = policy(encoded[number], lesson.row_ids, lesson.row_mask)
-            loss = -log_probs[lesson.target_mask].mean()
-            (loss / len(batch)).backward()
+            (-log_probs[lesson.target_mask].mean() / len(batch)).backward()
         nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if step % stage.check_every == 0:
             refresh(model, policy)
-            if stage.good_enough(*measure(model)):
+            if stage.finished(*measure(model)):
                 return True
     return False

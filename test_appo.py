@@ -963,8 +963,8 @@ def test_a_run_does_not_move_its_model_aside(tmp_path, monkeypatch):
 @pytest.mark.parametrize("arguments", [
     "--colour red", "--k3 0", "--clip_low -0.1", "--clip_low 1.5", "--beta2 1",
     "--learning_rate nan", "--strategy medium", "--algorithm ppo", "--k1 many",
-    "--min_pixels 4000", "--overlong_buffer 600", "--data nowhere.json", "--video_root nowhere",
-    "--model ./nowhere", "--output nowhere --resume"])
+    "--min_pixels 4000", "--overlong_buffer 600", "--group_size 1", "--data nowhere.json",
+    "--video_root nowhere", "--model ./nowhere", "--output nowhere --resume"])
 def test_a_mistake_gets_one_line(toy, tmp_path, monkeypatch, capsys, arguments):
     monkeypatch.chdir(tmp_path)
     files = ["--model", str(toy / "model"), "--data", str(toy / "train.json")]
@@ -973,6 +973,22 @@ def test_a_mistake_gets_one_line(toy, tmp_path, monkeypatch, capsys, arguments):
     message = capsys.readouterr().err
     assert stopped.value.code == 2 and message.count("\n") == 1
     assert arguments.split()[1] in message and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("file, pattern, text", [
+    ("config.json", '"intermediate_size": 256', '"intermediate_size": 300'),
+    ("config.json", "qwen2_5_vl", "qwen2_vl"), ("config.json", "[{]", ""),
+    ("tokenizer.json", "(?s).*", "{}"), ("chat_template.jinja", "(?s).*", ""),
+    ("model.safetensors", "embed_tokens", "embed_tokenz"), ("model.safetensors", "(?s).{99}$", "")])
+def test_a_damaged_model_gets_one_line(toy, tmp_path, file, pattern, text):
+    folder = shutil.copytree(toy / "model", tmp_path / "model")
+    content = (folder / file).read_text(encoding="latin-1")
+    damaged, changes = re.subn(pattern, text, content, count=1)
+    (folder / file).write_text(damaged, encoding="latin-1")
+    with pytest.raises(model_utils.RunError) as error:
+        model_utils.load_model(str(folder), torch.device("cpu"))
+    message = str(error.value)
+    assert changes and message.startswith(f"{folder}: ") and "\n" not in message
 
 
 def test_settings_of_the_command_line(tmp_path, monkeypatch):
@@ -1174,6 +1190,7 @@ def test_forms_of_files(tmp_path):
     assert [s.id for s in data.load_samples(lines)] == ["a.jsonl:0", "a.jsonl:1"]
     joined = [s.id for s in data.load_samples(f"{lines},{other}")]
     assert joined == [f"{lines}:0", f"{lines}:1", f"{other}:0"]
+    assert len(data.load_samples(f"{other},{other}")) == 1
     (tmp_path / "val.csv").write_text("video,question,answer,type,a0,a1,a2,a3,a4\n"
                                       '41,how,3,CH,one,two,"three, or so",four,five\n')
     sample, = data.load_samples(tmp_path / "val.csv")
@@ -1201,6 +1218,7 @@ def test_paths_are_looked_up_as_written_then_by_tail_then_by_name(tmp_path, capl
         /x/y/v.avi -> "v.avi"
         /gone/only.avi -> "deep/er/only.avi"
         linked.avi -> "folder/linked.avi"
+        /gone/er/ -> "deep/er"
         /gone/twin.avi -> null
         /gone/outside.avi -> null
         link.avi -> "link.avi\""""))
@@ -1985,6 +2003,8 @@ def test_runs_are_labelled_by_what_differs():
 
 def test_smoothing_is_over_the_last_steps():
     assert evaluate.smooth(np.array([1.0, 3.0, 5.0, 9.0]), 2).tolist() == [1, 2, 4, 7]
+    smoothed = evaluate.smooth(np.array([NAN, 1.0, NAN, 3.0, 5.0, NAN, NAN]), 2)
+    np.testing.assert_array_equal(smoothed, [NAN, 1, 1, 3, 4, 5, NAN])
 
 
 # ---- study
@@ -2103,6 +2123,7 @@ def test_study_and_curves_commands(toy, tmp_path, capsys):
     common = ["study", "--output", folder, "--processes", 1, "--seeds", 1, *rest, "--arms"]
     assert "--k9" in refusal(capsys, *common, "appo:k9=2")
     assert "dapo:oracle" in refusal(capsys, *common, "dapo:oracle")
+    assert "each arm once" in refusal(capsys, *common, "dapo,dapo:k1=2,dapo")
     text = measure(capsys, *common, ",".join(arms), "--rollout_seeds", 2)
     homes = {(arm, number): folder / "seed-0" / f"{name}-{number}"
              for arm, name in arms.items() for number in range(2)}
@@ -2177,7 +2198,8 @@ def test_score_continues_where_it_stopped(toy, tmp_path, capsys):
     (tmp_path / "broken.avi").write_bytes(b"no video")
     records[3]["path"] = str(tmp_path / "broken.avi")
     annotation.write_text(json.dumps(records))
-    command = ["score", "--model", toy / "model", "--data", annotation, "--readers", 1,
+    model = shutil.copytree(toy / "model", tmp_path / "model")
+    command = ["score", "--model", model, "--data", annotation, "--readers", 1,
                "--rollout_groups", 2, "--output", a]
     text = measure(capsys, *command)
     responses = a / "responses.jsonl"
@@ -2202,6 +2224,9 @@ def test_score_continues_where_it_stopped(toy, tmp_path, capsys):
     assert "other max_frames" in refusal(capsys, *command, "--max_frames", 8)
     shutil.copy(records[0]["path"], tmp_path / "broken.avi")        # is tried again
     assert "skipped 0 of 6" in measure(capsys, *command)
+    weights = model / "model.safetensors"
+    os.utime(weights, (0, weights.stat().st_mtime + 9))             # trained anew
+    assert "other weights" in refusal(capsys, *command)
     annotation.write_text(json.dumps(records[:5]))
     assert "other questions" in refusal(capsys, *command)
     (a / "summary.json").unlink()                   # nothing tells what the responses are to
@@ -2268,7 +2293,7 @@ def test_attention_and_focus_commands(toy, tmp_path, capsys):
     count = sum(table["samples"].values())
     assert count > 0 and count + table["left_out"] == len(records) and f"{count} of 8" in text
     assert sum(table["percent"].values()) == pytest.approx(100) and "20.1" in text
-    assert "--group_size" in refusal(capsys, "focus", *common, "--group_size", 1)
+    assert "--group_size" in refusal(capsys, "focus", *common, "--threshold", 0)     # all correct
 
 
 def test_decouple_command(toy, tmp_path, capsys):
