@@ -623,7 +623,9 @@ def train(s: Settings, reward: Callable = data.task_reward,
     dist.barrier()
     steps = s.steps or math.ceil(s.epochs * len(samples) / s.prompts_per_step)
     # With --resume, the folder's step and position are those of its newest checkpoint.
-    folder = model_utils.RunFolder(s.output, asdict(s), may_differ=may_differ(s))
+    # The number of samples decides about the order of the prompts and the number of steps.
+    settings = asdict(s) | {"samples": len(samples)}
+    folder = model_utils.RunFolder(s.output, settings, may_differ=may_differ(s))
     stream = prompt_stream(s, samples, folder.position, rank, world)
     with open_reader(s) as reader, model_utils.stop_signals() as stop:
         batches = data.read_ahead(reader, stream)       # decoding starts before the model is loaded
@@ -812,8 +814,9 @@ def open_reader(s: Settings) -> data.VideoReader:
 
 def may_differ(s: Settings) -> set[str]:
     """Settings that may change when a run is resumed."""
-    names = {"output", "resume", "save_every", "keep", "eval_every", "readers", "decode_timeout",
-             "rollout_groups", "gradient_checkpointing", "cpu_offload", "cuda_graph"}
+    names = {"output", "resume", "video_root", "save_every", "keep", "eval_every", "readers",
+             "decode_timeout", "rollout_groups", "gradient_checkpointing", "cpu_offload",
+             "cuda_graph"}
     if s.lr_schedule == "constant":
         names |= {"steps", "epochs"}
     return names

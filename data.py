@@ -408,6 +408,8 @@ class FileFinder:
         for start in range(len(names) - (not by_name)):     # the last tail is the name alone
             place = os.path.join(self.root, *names[start:])
             if self.exists(place):
+                if 0 < start == len(names) - 1:
+                    self.found_by_name[path] = place
                 return place
         place = self.path_of_name.get(names[-1]) if by_name and names else None
         if place is not None:
@@ -535,16 +537,27 @@ def open_video(path: str) -> tuple[int, float, Callable[[int], Tensor]]:
     folder of pictures, which count as 3 per second."""
     if os.path.isdir(path):
         endings = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-        names = [name for name in os.listdir(path) if name.lower().endswith(endings)]
+        names = [name for name in os.listdir(path)
+                 if name.lower().endswith(endings) and not name.startswith(".")]
         names.sort(key=lambda name: (len(name), name))  # 9.png comes before 10.png
         return len(names), 3.0, lambda index: read_picture(os.path.join(path, names[index]))
     if not os.path.isfile(path):  # opening a named pipe would wait for its writer
         raise ValueError("neither a file nor a folder")
+    if path.lower().endswith((".ts", ".mts", ".m2ts")):
+        raise ValueError("decord reads wrong frames of MPEG-TS; convert it to mp4")
     video = decord.VideoReader(path, num_threads=1)
+    # These formats lack the times by which decord seeks: it would go to a wrong place.
+    seekable = not path.lower().endswith((".avi", ".divx", ".wmv", ".asf", ".mpg", ".mpeg", ".vob"))
+    position, frame = 0, None  # the next frame that is decoded, and the one before it
 
-    def read(index: int) -> Tensor:
-        video.seek_accurate(index)  # exact: decodes on from the last or from the key frame before
-        return torch.from_numpy(video.next().asnumpy()).permute(2, 0, 1)
+    def read(index: int) -> Tensor:  # indices never fall
+        nonlocal position, frame
+        if seekable and index > position:
+            video.seek_accurate(index)  # decodes on from here, or from the key frame before
+            position = index
+        while position <= index:
+            frame, position = video.next(), position + 1
+        return torch.from_numpy(frame.asnumpy()).permute(2, 0, 1)
 
     return len(video), float(video.get_avg_fps()), read
 
@@ -708,8 +721,6 @@ def read_visual(sample: Sample, *, fps: float, max_frames: int, min_pixels: int,
 
 def serve_decoder() -> None:
     """The life of a decoding process: samples in, visuals out, until the parent is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to all processes; the parent decides
-        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends this process
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the codecs' chatter
     torch.set_num_threads(1)
@@ -790,7 +801,11 @@ class VideoReader:
         self.timeout = timeout
         self.settings = dict(fps=fps, max_frames=max_frames, min_pixels=min_pixels,
                              max_pixels=max_pixels)
-        self._threads = ThreadPoolExecutor(processes, thread_name_prefix="decode")
+        # Signals to stop are often sent to all processes, and the parent decides: the decoders
+        # inherit from their threads that these are blocked, so they act in none, nor at its start.
+        stopping = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+        self._threads = ThreadPoolExecutor(processes, "decode", signal.pthread_sigmask,
+                                           (signal.SIG_BLOCK, stopping))
         self._decoders: dict[int, Decoder] = {}  # by thread
         self._closed = False
 
@@ -991,7 +1006,7 @@ NUMBER = re.compile(r"[+-]?(?=\.?[0-9])(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.[
 def parse_number(text: str) -> float | None:
     """The number that a text starts with, in ASCII digits and finite; other words may follow it
     ("12.5 meters")."""
-    digits = "".join(text.split(None, 1)[:1]).rstrip(".%")
+    digits = "".join(text.split(None, 1)[:1]).rstrip(".,;%")
     if len(digits) > 40 or not NUMBER.fullmatch(digits):
         return None
     value = float(digits.replace(",", ""))

@@ -78,12 +78,13 @@ def load_model(name: str):
 
 def read_task(arguments: list[str], benchmark: str | None = None):
     """(settings, samples) by appo.py's options; without --data the built-in task's held-out
-    questions. Missing videos are listed, and are an error unless --skip_missing."""
+    questions. Missing videos are listed, and are an error unless --skip_missing: then they count as
+    videos that cannot be read."""
     s = appo.parse_settings(arguments, "evaluate.py")
     appo.make_built_in_data(s)
     s.data = s.eval_data or s.data
     samples = data.load_samples(s.data, s.video_root, benchmark)
-    samples = data.with_files(samples, s.data, s.skip_missing)
+    data.with_files(samples, s.data, s.skip_missing)
     appo.make_built_in_model(s)     # errors in the data come first
     return s, samples
 
@@ -216,10 +217,11 @@ def score(options) -> None:
     s, samples = read_task(options.rest, options.benchmark)
     model, tokenizer = load_model(s.model)
     questions = json.dumps([(x.id, x.question, x.options, x.answer) for x in samples])
-    weights = [file.stat().st_mtime for file in Path(s.model).glob("*.safetensors")]
+    # A model that is trained again may lie in the same folder.
+    sums = [weight.view(torch.int16).sum(dtype=torch.int64).item() for weight in model.parameters()]
     settings = {"benchmark": options.benchmark, "decoding": DECODING,
                 "questions": zlib.crc32(questions.encode()),
-                "weights": max(weights, default=None)}      # the model may be trained anew
+                "weights": zlib.crc32(repr(sums).encode())}
     settings |= {name: getattr(s, name) for name in FIXED}
     output = Path(options.output)
     records = open_scores(output, settings)
@@ -416,9 +418,10 @@ def label_runs(runs: list[dict]) -> list[str]:
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
     """Mean over the last `window` steps, fewer at the start; of those that have the metric."""
-    known, ends = np.ma.masked_invalid(values), range(1, len(values) + 1)
-    means = [known[max(0, end - window):end].mean() for end in ends]
-    return np.ma.array(means).filled(np.nan)
+    known = ~np.isnan(values)
+    sums, counts = (np.convolve(x, np.ones(window))[:len(values)]
+                    for x in (np.where(known, values, 0.0), known))
+    return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)
 
 
 def curves(options) -> None:
@@ -445,10 +448,14 @@ def draw_curves(runs: dict[str, list[dict]], window: int, output: str,
     figure = Figure((max(8, 3 * len(names)), 3.5), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
         for label, seeds in runs.items():
-            steps = min(len(metrics[name]) for metrics in seeds)
-            lines = np.stack([smooth(metrics[name][:steps], window) for metrics in seeds])
-            mean, spread = lines.mean(0), lines.std(0) / (len(lines) ** 0.5 if of_mean else 1)
-            axes.plot(range(1, steps + 1), mean, label=f"{label} (seeds: {len(seeds)})")
+            # A run that was stopped counts as far as it went.
+            steps = max(len(metrics[name]) for metrics in seeds)
+            lines = np.full((len(seeds), steps), np.nan)
+            for line, metrics in zip(lines, seeds):
+                line[:len(metrics[name])] = smooth(metrics[name], window)
+            lines = np.ma.masked_invalid(lines)
+            mean, spread = lines.mean(0), lines.std(0) / (lines.count(0) ** 0.5 if of_mean else 1)
+            axes.plot(range(1, steps + 1), mean, label=f"{label} (n = {len(seeds)})")
             axes.fill_between(range(1, steps + 1), mean - spread, mean + spread, alpha=0.2)
         axes.set(title=CURVES[name], xlabel="step")
         axes.grid(alpha=0.3)
@@ -564,10 +571,10 @@ def decouple(options) -> None:
     for name in [*perceivers, *reasoners]:    # before --output is overwritten, and hours pass
         with usable(name):
             transformers.AutoConfig.from_pretrained(name)
+    tasks = [read_task([*options.rest, "--model", perception]) for perception in perceivers]
     table = [["perception / reasoning", "samples", *reasoners]]
     with open(options.output, "w") as file:
-        for perception in perceivers:
-            s, samples = read_task([*options.rest, "--model", perception])
+        for perception, (s, samples) in zip(perceivers, tasks):
             descriptions = describe(samples, s)
             row = [perception, f"{len(descriptions)} of {len(samples)}"]
             for reasoning in reasoners:
@@ -578,7 +585,7 @@ def decouple(options) -> None:
                     record = {"id": samples[n].id, "perception": perception,
                               "reasoning": reasoning, "description": descriptions[n],
                               "response": response, "accuracy": accuracy}
-                    print(json.dumps(record), file=file)
+                    print(json.dumps(record), file=file, flush=True)
                 row.append(np.mean(accuracies or [np.nan]))
             table.append(row)
     print_table(table)

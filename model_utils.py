@@ -768,12 +768,19 @@ class RunFolder:
         self.unreadable = 0     # samples that could not be read
         self.not_finite: list[list[str]] = []   # samples of the last steps with a bad gradient
         self.checkpoint: Path | None = None     # to resume from
-        model = Path(settings["model"])
         if settings["resume"]:
             self.find_checkpoint(may_differ)
-        elif model.exists() and model.resolve().is_relative_to(self.path.resolve()):
-            raise RunError(f"--output {self.path} holds the model {settings['model']}, and a new "
-                           "run moves it aside; give another --output")
+        else:
+            self.check_place()
+
+    def check_place(self) -> None:
+        """The folder must not hold what the run needs, since the next run would move it aside."""
+        for name in ("model", "data", "eval_data", "video_root"):
+            for path in map(str.strip, str(self.settings.get(name) or "").split(",")):
+                within = Path(path).resolve().is_relative_to(self.path.resolve())
+                if path and Path(path).exists() and within:
+                    raise RunError(f"--output {self.path} holds --{name} {path}, and the next run "
+                                   "would move it aside; give another --output")
 
     def find_checkpoint(self, may_differ: set[str]) -> None:
         config = self.path / "config.json"
@@ -782,8 +789,8 @@ class RunFolder:
         for name, before in json.loads(config.read_text())["settings"].items():
             now = self.settings.get(name)
             if name not in may_differ and now != before:
-                raise RunError(f"--{name} is {now} and was {before} in {self.path}; resume with "
-                               "the same settings")
+                raise RunError(f"{name} is {now} and was {before} in {self.path}; resume with the "
+                               "same settings")
         states = sorted(self.path.glob(COMPLETE))
         if states:
             self.checkpoint = states[-1].parent
@@ -798,10 +805,12 @@ class RunFolder:
         """Prepare the folder and load the checkpoint, if there is one; the number of processes may
         have changed."""
         dist.barrier()      # all have looked for the checkpoint before the logs change
-        if self.writes and self.settings["resume"]:
-            self.cut_logs()
-        elif self.writes:
-            self.start()
+        if self.writes:
+            with self.explained():
+                if self.settings["resume"]:
+                    self.clean_up()
+                else:
+                    self.start()
         dist.barrier()
         if self.checkpoint is not None:
             load_training_state(self.checkpoint / "training", policy, optimizer)
@@ -820,8 +829,10 @@ class RunFolder:
                   "transformers": transformers.__version__, "processes": dist.get_world_size()}
         (self.path / "config.json").write_text(json.dumps(config, indent=1))
 
-    def cut_logs(self) -> None:
-        """Drop what was logged after the checkpoint."""
+    def clean_up(self) -> None:
+        """Drop what was logged after the checkpoint, and checkpoints that are not complete."""
+        for unfinished in self.path.glob("*.partial"):
+            shutil.rmtree(unfinished)
         for name in ("metrics", "samples", "skipped", "held_out"):
             log, cut = self.path / f"{name}.jsonl", self.path / f"{name}.cut"
             if not log.exists():
@@ -834,8 +845,16 @@ class RunFolder:
 
     def log(self, name: str, *records: dict) -> None:
         if self.writes:
-            with open(self.path / f"{name}.jsonl", "a", encoding="utf-8") as file:
+            with self.explained(), open(self.path / f"{name}.jsonl", "a") as file:
                 file.writelines(json.dumps(record) + "\n" for record in records)
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(f"{self.path}: cannot be written ({error}); make room on the disk, or "
+                           "give another --output") from None
 
     def stop_if_failing(self, grad_norm: float, sample_ids: list[str],
                         skipped: list[dict]) -> None:
@@ -935,7 +954,9 @@ def load_training_state(folder: Path, policy, optimizer) -> None:
     import torch.distributed.checkpoint as checkpoints
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
     weights, moments = get_state_dict(policy, optimizer)
+    fused = optimizer.param_groups[0]["fused"]
     checkpoints.load({"policy": weights, "optimizer": moments}, checkpoint_id=folder)
+    moments["param_groups"][0]["fused"] = fused     # of this run, as --cpu_offload may differ
     set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments)
 
 

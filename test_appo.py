@@ -854,6 +854,8 @@ def test_the_folder_of_a_run(toy, whole):
     assert len(response["tokens"]) == len(response["weights"])
     state = json.loads((output / "step-000004" / "state.json").read_text())
     assert state == {"step": 4, "position": 24, "unreadable": 1}
+    config = json.loads((output / "config.json").read_text())
+    assert config["settings"]["samples"] == 23              # a resumed run must have as many
     assert_ordinary(output / "checkpoint", toy / "model", 7)
     with pytest.raises(data.DataError, match="1 files are missing.*nowhere.avi"):
         appo.train(replace(whole, skip_missing=False))
@@ -876,10 +878,11 @@ def test_an_interrupted_run_ends_with_the_same_numbers(whole, tmp_path):
         time.sleep(0.002)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    (tmp_path / "run" / "step-000004.partial").mkdir()
+    for step in 1, 4:
+        (tmp_path / "run" / f"step-00000{step}.partial").mkdir(exist_ok=True)
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "los')
-    with pytest.raises(model_utils.RunError, match="--alpha is 1.0 and was 1.7"):
+    with pytest.raises(model_utils.RunError, match="alpha is 1.0 and was 1.7"):
         appo.train(replace(s, resume=True, alpha=1.0))
     appo.train(replace(s, resume=True))
     for name in "metrics", "samples", "held_out", "skipped":
@@ -887,6 +890,7 @@ def test_an_interrupted_run_ends_with_the_same_numbers(whole, tmp_path):
     last = Path("step-000004", "state.json")
     assert Path(s.output, last).read_text() == Path(whole.output, last).read_text()
     torch.testing.assert_close(checkpoint_of(s), checkpoint_of(whole), rtol=0, atol=0)
+    assert not list(tmp_path.glob("run/*.partial"))
 
 
 HEAVY = ["torch.distributed.fsdp", "torch.distributed.checkpoint", "transformers.hf_argparser",
@@ -951,13 +955,34 @@ def test_a_run_stops_if_the_gradient_is_never_finite(toy, tmp_path):
         folder.stop_if_failing(1.0, ["a"], [{"unreadable": True}])        # 6 of at least 100
 
 
-def test_a_run_does_not_move_its_model_aside(tmp_path, monkeypatch):
+def test_a_run_does_not_move_its_model_or_data_aside(tmp_path, monkeypatch):
     model_utils.init_processes()
     monkeypatch.chdir(tmp_path)
     Path("Qwen/folder").mkdir(parents=True)
-    with pytest.raises(model_utils.RunError, match="holds the model"):
-        model_utils.RunFolder("Qwen", {"resume": False, "model": "Qwen/folder"}, set())
-    model_utils.RunFolder("Qwen", {"resume": False, "model": "Qwen/of-the-hub"}, set())
+    for name, value in (("model", "Qwen/folder"), ("data", "x.json, Qwen/folder"),
+                        ("video_root", "Qwen")):
+        with pytest.raises(model_utils.RunError, match=f"holds --{name} Qwen"):
+            model_utils.RunFolder("Qwen", {"resume": False, name: value}, set())
+    folder = model_utils.RunFolder("Qwen", {"resume": False, "model": "Qwen/of-the-hub"}, set())
+    (folder.path / "metrics.jsonl").mkdir()
+    with pytest.raises(model_utils.RunError, match="Qwen: cannot be written"):
+        folder.log("metrics", {"step": 1})
+
+
+def test_a_resumed_run_has_its_own_kind_of_optimizer(tmp_path):
+    """AdamW is fused or not as this run wants it, whatever the run before had."""
+    def optimized(fused):
+        policy = model_utils.shard(model_utils.Policy(model), torch.device("cpu"))
+        return policy, torch.optim.AdamW(policy.parameters(), fused=fused)
+
+    model_utils.init_processes()
+    model, tokenizer = model_utils.tiny_model(data.toy_vocabulary())
+    for before, now in (True, False), (False, True):
+        folder = tmp_path / str(before)
+        model_utils.save_checkpoint(folder, model, tokenizer, None, *optimized(before), {})
+        policy, optimizer = optimized(now)
+        model_utils.load_training_state(folder / "training", policy, optimizer)
+        assert optimizer.param_groups[0]["fused"] == now
 
 
 @pytest.mark.parametrize("arguments", [
@@ -1006,6 +1031,7 @@ needs_shared = pytest.mark.skipif(not (SHARED / "videos").is_dir(),
 
 # ------------------------------------------------------------------------------------------ data.py
 
+STOP_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 READING = dict(fps=1, max_frames=16, min_pixels=3136, max_pixels=50176)
 CHOICE = Sample("a:0", "which ?", ["A book", "A pan", "A guitar", "An umbrella"], "C", "choice")
 NUMBER = Sample("a:1", "how many ?", [], "100", "number")
@@ -1226,7 +1252,7 @@ def test_paths_are_looked_up_as_written_then_by_tail_then_by_name(tmp_path, capl
     for sample, (path, place) in zip(samples, places.items(), strict=True):
         assert sample.video == (place and str(root / place))
         assert sample.missing == ([] if place else [path])
-    assert re.search("2 files were found by their name only.*only.avi' for '/gone/only.avi'",
+    assert re.search("4 files were found by their name only.*v.avi' for '/x/y/v.avi'",
                      caplog.text)
     touch(root, "clevrer/video_validation/w.mp4")
     tasks = [tmp_path / "moving_count.json", tmp_path / "object_shuffle.json"]
@@ -1337,7 +1363,7 @@ def test_folder_of_pictures(tmp_path):
     from PIL import Image
     for i in range(12):
         Image.new("RGB", (20, 10), (i * 20, 0, 0)).save(tmp_path / f"{i}.png")
-    (tmp_path / "notes.txt").touch()
+    touch(tmp_path, "notes.txt", "._3.png")                 # the second as macOS makes them
     frames, seconds, duration = data.sample_frames(str(tmp_path), 1, 16)
     assert frames.shape == (4, 3, 10, 20) and (seconds, duration) == (2.0, 4.0)
     assert (frames[:, 0, 0, 0] // 20).tolist() == [0, 4, 7, 11]
@@ -1357,6 +1383,20 @@ def test_sampled_frames_are_those_of_a_decoder_that_reads_on(name, n, duration):
     for i, frame in enumerate(frames):
         expected = decoded[round(i * (len(decoded) - 1) / (n - 1))]
         assert np.array_equal(frame.permute(1, 2, 0), expected)
+
+
+def test_formats_without_times_are_read_without_seeking(tmp_path, monkeypatch):
+    """The decoder is told what a file is by its content, and we by its name."""
+    rng = np.random.default_rng(0)
+    frames = torch.from_numpy(rng.integers(0, 256, (9, 3, 64, 64), dtype=np.uint8))
+    for name, number in (("a.avi", 9), ("one.avi", 1), ("a.ts", 9)):
+        data.write_y4m(tmp_path / name, frames[:number], 1)
+    monkeypatch.delattr(data.decord.VideoReader, "seek_accurate")
+    for name, expected in (("a.avi", [0, 3, 5, 8]), ("one.avi", [0, 0])):
+        read, *_ = data.sample_frames(str(tmp_path / name), 1, 4)
+        assert (read.int() - frames[expected].int()).abs().max() <= 2
+    with pytest.raises(ValueError, match="convert it"):
+        data.sample_frames(str(tmp_path / "a.ts"), 1, 4)
 
 
 # ---- patches
@@ -1472,8 +1512,8 @@ def test_a_fault_costs_one_sample(tmp_path):
         for sample in faults:
             with pytest.raises(VideoError, match=r"\A.+(cannot be read \(|not found).*\Z"):
                 read(sample)
-        os.kill(process, signal.SIGINT)  # Ctrl-C is the parent's to answer
-        os.kill(process, signal.SIGTERM)
+        for number in STOP_SIGNALS:     # are the parent's to answer
+            os.kill(process, number)
         read(good)
         assert children(os.getpid()) == [process]
         with pytest.raises(VideoError, match="pipe.avi.*not decoded within 2 s"):
@@ -1484,7 +1524,12 @@ def test_a_fault_costs_one_sample(tmp_path):
         os.kill(children(os.getpid())[0], signal.SIGKILL)
         with pytest.raises(VideoError, match="pipe.avi.*process died"):
             future.result(60)
-        read(good)
+        future = reader.submit(good)
+        while not children(os.getpid()):
+            time.sleep(0.01)
+        for number in STOP_SIGNALS:     # before it has even started
+            os.kill(children(os.getpid())[0], number)
+        future.result(60)
         future = submit_hanging()
         begin = time.monotonic()
     assert time.monotonic() - begin < 1.2 and isinstance(future.exception(), VideoError)
@@ -2007,6 +2052,15 @@ def test_smoothing_is_over_the_last_steps():
     np.testing.assert_array_equal(smoothed, [NAN, 1, 1, 3, 4, 5, NAN])
 
 
+def test_a_stopped_run_counts_as_far_as_it_went(monkeypatch):
+    figures = []
+    monkeypatch.setattr(evaluate, "save_figure", lambda figure, output: figures.append(figure))
+    runs = {"appo": [{"accuracy": np.array([1.0, 1.0, 1.0, 5.0])}, {"accuracy": np.array([3.0])}]}
+    evaluate.draw_curves(runs, 1, "x.png", ["accuracy"])
+    line, = figures[0].axes[0].lines
+    assert list(line.get_ydata()) == [2, 1, 1, 5]
+
+
 # ---- study
 
 def test_controls(toy):
@@ -2224,8 +2278,9 @@ def test_score_continues_where_it_stopped(toy, tmp_path, capsys):
     assert "other max_frames" in refusal(capsys, *command, "--max_frames", 8)
     shutil.copy(records[0]["path"], tmp_path / "broken.avi")        # is tried again
     assert "skipped 0 of 6" in measure(capsys, *command)
-    weights = model / "model.safetensors"
-    os.utime(weights, (0, weights.stat().st_mtime + 9))             # trained anew
+    weights = load_file(model / "model.safetensors")                # trained anew
+    weights["model.norm.weight"][0] += 1e-3
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     assert "other weights" in refusal(capsys, *command)
     annotation.write_text(json.dumps(records[:5]))
     assert "other questions" in refusal(capsys, *command)
