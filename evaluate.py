@@ -29,7 +29,7 @@ import time
 import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
@@ -45,22 +45,12 @@ from tqdm import tqdm
 import appo
 import data
 import model_utils
-from model_utils import RunError, printable
+from model_utils import RunError, explained, printable
 
 # ------------------------------------------------------------------------------ greedy responses
 
 # supplement, Tab. B
 DECODING = dict(temperature=0.1, top_p=0.001, top_k=1, repetition_penalty=1.05)
-
-
-@contextmanager
-def explained(message: str):
-    """Turns errors of reading a file or folder into a RunError of one line."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise RunError(f"{message} ({reason})") from None
 
 
 def usable(name: str):

@@ -56,6 +56,18 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+@contextmanager
+def explained(message: str) -> Iterator[None]:
+    """Turns the errors that reading and writing files raise into a RunError of one line."""
+    try:
+        yield
+    except RunError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RunError(f"{message} ({reason})") from error
+
+
 # -------------------------------------------------------------------------------------- processes
 
 def init_processes() -> tuple[int, int, torch.device]:
@@ -105,7 +117,8 @@ def load_model(name: str, device: torch.device):
     if not Path(name).is_dir() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         raise RunError(f"{name}: no such folder; give a folder with config.json, tokenizer and "
                        "weights, or a hub name")
-    try:
+    with explained(f"{name}: no usable model; give a hub name or a folder with the configuration, "
+                   "tokenizer and weights of a qwen2_5_vl model"):
         config = transformers.AutoConfig.from_pretrained(name)
         if config.model_type != "qwen2_5_vl":
             raise RunError(f"{name}: it is of type {config.model_type}; give a Qwen2.5-VL model")
@@ -116,12 +129,6 @@ def load_model(name: str, device: torch.device):
         source_files(name, local_files_only=False)  # fetched now, since checkpoints copy them
         model, report = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
             name, dtype=compute_type(device), output_loading_info=True)
-    except RunError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise RunError(f"{name}: no usable model ({reason}); give a hub name or a folder with the "
-                       "configuration, tokenizer and weights of a qwen2_5_vl model") from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise RunError(f"{name}: the weights lack {len(missing)} tensors, the first {missing[0]}; "
@@ -806,7 +813,7 @@ class RunFolder:
         have changed."""
         dist.barrier()      # all have looked for the checkpoint before the logs change
         if self.writes:
-            with self.explained():
+            with self.writing():
                 if self.settings["resume"]:
                     self.clean_up()
                 else:
@@ -845,16 +852,12 @@ class RunFolder:
 
     def log(self, name: str, *records: dict) -> None:
         if self.writes:
-            with self.explained(), open(self.path / f"{name}.jsonl", "a") as file:
+            with self.writing(), open(self.path / f"{name}.jsonl", "a") as file:
                 file.writelines(json.dumps(record) + "\n" for record in records)
 
-    @contextmanager
-    def explained(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise RunError(f"{self.path}: cannot be written ({error}); make room on the disk, or "
-                           "give another --output") from None
+    def writing(self):
+        return explained(f"{self.path}: cannot be written; make room on the disk, or give another "
+                         "--output")
 
     def stop_if_failing(self, grad_norm: float, sample_ids: list[str],
                         skipped: list[dict]) -> None:

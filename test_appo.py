@@ -2246,28 +2246,30 @@ def test_signal_to_noise_command(toy, tmp_path, capsys):
 # ---- the other commands
 
 def test_score_continues_where_it_stopped(toy, tmp_path, capsys):
-    """The same records as without the stop; a broken video is left out and named."""
+    """The same records as without the stop; broken and missing videos are left out and named."""
     annotation, a, b = tmp_path / "some.json", tmp_path / "a", tmp_path / "b"
     records = few_questions(toy, annotation, 6)
     (tmp_path / "broken.avi").write_bytes(b"no video")
     records[3]["path"] = str(tmp_path / "broken.avi")
+    records[5]["path"] = "missing.avi"
     annotation.write_text(json.dumps(records))
     model = shutil.copytree(toy / "model", tmp_path / "model")
     command = ["score", "--model", model, "--data", annotation, "--readers", 1,
-               "--rollout_groups", 2, "--output", a]
+               "--rollout_groups", 2, "--output", a, "--skip_missing"]
     text = measure(capsys, *command)
     responses = a / "responses.jsonl"
     lines, whole = responses.read_bytes().splitlines(keepends=True), json_lines(responses)
     samples = {sample.id: sample for sample in data.load_samples(annotation)}
     scored = [record for record in whole if "skipped" not in record]
-    assert samples.keys() - {record["id"] for record in scored} == {"some.json:3"}
-    assert len(whole) == 6 and "broken.avi" in text and "skipped 1 of 6" in text
+    left_out = samples.keys() - {record["id"] for record in scored}
+    assert left_out == {"some.json:3", "some.json:5"} and len(whole) == 6
+    assert "broken.avi" in text and "missing.avi" in text and "skipped 2 of 6" in text
     for record in scored:
         expected = data.score_response(record["response"], samples[record["id"]])
         assert expected.items() <= record.items()
     accuracy = np.array([record["accuracy"] for record in scored])
     summary = json.loads((a / "summary.json").read_text())
-    assert summary["results"]["all"].items() >= dict(n=5, accuracy=accuracy.mean()).items()
+    assert summary["results"]["all"].items() >= dict(n=4, accuracy=accuracy.mean()).items()
     assert summary["prompt"] == whole[0]["prompt"] and summary["overall"] == "mean over questions"
     assert accuracy.any() and summary["seconds"] > 0
     assert summary["settings"]["decoding"] == evaluate.DECODING
@@ -2277,7 +2279,7 @@ def test_score_continues_where_it_stopped(toy, tmp_path, capsys):
         assert record | {"seconds": 0} == again | {"seconds": 0}
     assert "other max_frames" in refusal(capsys, *command, "--max_frames", 8)
     shutil.copy(records[0]["path"], tmp_path / "broken.avi")        # is tried again
-    assert "skipped 0 of 6" in measure(capsys, *command)
+    assert "skipped 1 of 6" in measure(capsys, *command)
     weights = load_file(model / "model.safetensors")                # trained anew
     weights["model.norm.weight"][0] += 1e-3
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
@@ -2292,7 +2294,7 @@ def test_score_continues_where_it_stopped(toy, tmp_path, capsys):
     text = measure(capsys, "compare", a, b)
     low, high = evaluate.bootstrap_interval(0.5 - accuracy)
     assert f"{0.5 - accuracy.mean():+.3f}, 95% interval {low:+.3f} to {high:+.3f}" in text
-    assert f"A {accuracy.mean():.3f}, B 0.500" in text and "5 common" in text
+    assert f"A {accuracy.mean():.3f}, B 0.500" in text and "4 common" in text
 
 
 def test_commands_refuse_in_one_line(toy, tmp_path, capsys, monkeypatch):
