@@ -378,7 +378,7 @@ class PackedGroup:
         # Where the query stands that predicts each response token: directly before the token, which
         # for the first one of a response is the end of the prompt.
         places = P - 1 + torch.arange(len(self.row), device=self.row.device)
-        self.query_places = places.where(self.column > 0, P - 1)                      # (T,)
+        self.query_places = places.where(self.column > 0, P - 1)                # (T,)
         self.readings: list[Tensor] = []    # frame attention (G, R, F) of each layer that is read
 
     def unpack(self, values: Tensor) -> Tensor:
@@ -474,7 +474,7 @@ class DecodingCache:
         N, kv_heads, G, _, head_dim = self.response_kv[layer, 0].shape
         query, key, value = (x.view(N, G, kv_heads, -1, head_dim).transpose(1, 2)
                              for x in (query, key, value))      # (N, kv, G, s or 1, D)
-        prompt_keys, prompt_values = self.prompt_kv[layer]                         # (N, kv, P, D)
+        prompt_keys, prompt_values = self.prompt_kv[layer]                      # (N, kv, P, D)
         self.response_kv[layer].index_copy_(4, self.t, torch.stack([key, value]))
         keys, values = self.response_kv[layer, ..., :self.keys_read, :]
         P = prompt_keys.shape[2]
@@ -486,7 +486,8 @@ class DecodingCache:
         # (N, kv, G, s, P) and (N, kv, G, s, keys_read)
         to_prompt, to_response = weights[..., :P], weights[..., P:]
         if layer in self.read_layers:
-            to_frames = to_prompt.mean((1, 3)) @ self.pooling                   # (N, G, F)
+            of_heads = to_prompt.transpose(1, 2).flatten(2, 3)                  # (N, G, heads, P)
+            to_frames = of_heads.mean(2) @ self.pooling                         # (N, G, F)
             self.frame_attention.index_add_(2, self.t, to_frames[:, :, None],
                                             alpha=1 / len(self.read_layers))
         prompt_output = to_prompt.to(values.dtype).flatten(2, 3) @ prompt_values
@@ -635,7 +636,7 @@ class Policy(nn.Module):
         positions = torch.cat([prompt.positions, response_positions], dim=1)    # (3, P + T)
         hidden = hidden_states(self.language_model, embeds[None], positions[:, None],
                                group.attend)
-        hidden = hidden[0, group.query_places]                                        # (T, H)
+        hidden = hidden[0, group.query_places]                                  # (T, H)
         logits = None
         if keep_logits:
             logits = hidden.new_zeros(*response_ids.shape, self.lm_head.out_features)
