@@ -293,7 +293,7 @@ def test_random_token_weights(seed):
 
 
 @pytest.mark.parametrize("values, tokens, responses", [
-    ([[1, 2], [6, NAN]], 3.0, 3.75), ([[1, 2], [NAN, NAN]], 1.5, 0.75)])
+    ([[1, 2], [6, NAN]], 3.0, 3.75), ([[1, 2], [NAN, NAN]], 1.5, 0.75), ([[NAN], [NAN]], 0, 0)])
 def test_masked_mean(values, tokens, responses):
     values, mask = tensor(values), tensor(values) > 0
     assert appo.masked_mean(values, mask) == tokens
