@@ -558,10 +558,11 @@ def decouple(options) -> None:
     the question, and a reasoning model, which answers from the description.
     """
     perceivers, reasoners = options.perception.split(","), options.reasoning.split(",")
-    for name in [*perceivers, *reasoners]:    # before --output is overwritten, and hours pass
+    # All is checked before --output is overwritten, and hours pass.
+    tasks = [read_task([*options.rest, "--model", perception]) for perception in perceivers]
+    for name in [*perceivers, *reasoners]:
         with usable(name):
             transformers.AutoConfig.from_pretrained(name)
-    tasks = [read_task([*options.rest, "--model", perception]) for perception in perceivers]
     table = [["perception / reasoning", "samples", *reasoners]]
     with open(options.output, "w") as file:
         for perception, (s, samples) in zip(perceivers, tasks):
@@ -1100,15 +1101,9 @@ class Parser(argparse.ArgumentParser):
     error = appo.Parser.error                           # one line
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError("give a whole number above 0")
-    return int(text)
-
-
-def several(text: str) -> int:
-    if positive(text) == 1:
-        raise argparse.ArgumentTypeError("give at least 2")
+def positive(text: str, above: int = 0) -> int:
+    if not text.isdecimal() or int(text) <= above:
+        raise argparse.ArgumentTypeError(f"give a whole number above {above}")
     return int(text)
 
 
@@ -1166,7 +1161,8 @@ def command_line() -> Parser:
     option("--seeds", "how many models", 10)
     option("--first_seed", "the first", 0, type=int)
     option("--rollout_seeds", "runs from each model", 3)
-    option("--snr", "train nothing; signal to noise over so many groups", type=several)
+    option("--snr", "train nothing; signal to noise over so many groups",
+           type=functools.partial(positive, above=1))
     option("--processes", "runs at a time, a core each", 2)
     option("--output", "folder; runs that have finished there stay", "runs/study")
     option = add(throughput)

@@ -882,7 +882,7 @@ def test_an_interrupted_run_ends_with_the_same_numbers(whole, tmp_path):
         (tmp_path / "run" / f"step-00000{step}.partial").mkdir(exist_ok=True)
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "los')
-    with pytest.raises(model_utils.RunError, match="alpha is 1.0 and was 1.7"):
+    with pytest.raises(model_utils.RunError, match="^alpha is 1.0 and was 1.7 in "):
         appo.train(replace(s, resume=True, alpha=1.0))
     appo.train(replace(s, resume=True))
     for name in "metrics", "samples", "held_out", "skipped":
@@ -2325,6 +2325,7 @@ def test_commands_refuse_in_one_line(toy, tmp_path, capsys, monkeypatch):
             (["curves", tmp_path, "--smooth", "0"], "above 0"),
             (["attention", *questions, "--sample", "999"], "no such record"),
             (["throughput", "--new_tokens", "8,0"], "above 0"),
+            (["study", "--snr", "1"], "above 1"),
             (["throughput", "--algorithms", "ppo"], "ppo"),
             (["throughput", "--max_frames", "3"], "unrecognized"),
             (["decouple", *questions, "--perception", toy / "model", "--reasoning", other,
