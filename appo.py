@@ -48,7 +48,6 @@ import json
 import math
 import time
 from collections import Counter, defaultdict
-from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -438,9 +437,9 @@ class Run:
         self.seconds[phase] += self.last_lap - before
 
 
-# This process's part of a batch, by position in the stream: each sample with the future of its
-# decoded video.
-Batch = dict[int, tuple[data.Sample, Future]]
+# This process's part of a batch: prompts by position in the stream, and records of the samples that
+# cannot be used.
+Batch = tuple[dict[int, data.Prompt], list[dict]]
 
 ORDER, ROLLOUT, MASK, HELD_OUT = range(4)       # what `random_numbers` are for
 
@@ -487,13 +486,9 @@ def score_group(run: Run, group: Group) -> None:
 
 def groups_of_batch(run: Run, batches: Iterator[Batch]) -> tuple[list[Group], list[dict]]:
     """Steps 1 to 4 for the next batch: this process's (groups, records of unusable samples)."""
-    batch = next(batches)
-    wait([future for _, future in batch.values()])          # so that waiting is timed by itself
-    run.lap("wait")
-    prompts, unusable = data.build_prompts(batch, run.tokenizer,
-                                           run.settings.max_prompt_tokens)      # step 1
+    prompts, unusable = next(batches)                                           # step 1
     run.position += run.settings.prompts_per_step
-    run.lap("prompts")
+    run.lap("wait")
     groups = sample_groups(run, prompts)                                        # step 2
     for group in groups:
         score_group(run, group)                                                 # steps 3 and 4
@@ -628,10 +623,10 @@ def train(s: Settings, reward: Callable = data.task_reward,
     folder = model_utils.RunFolder(s.output, settings, may_differ=may_differ(s))
     stream = prompt_stream(s, samples, folder.position, rank, world)
     with open_reader(s) as reader, model_utils.stop_signals() as stop:
-        batches = data.read_ahead(reader, stream)       # decoding starts before the model is loaded
         model, tokenizer = model_utils.load_model(s.model, device)
         run = set_up(s, model, tokenizer, reward, weigh)
         run.position = folder.position
+        batches = data.read_prompts(reader, stream, tokenizer, s.max_prompt_tokens)
         # All processes call the folder's methods, and the first one writes.
         folder.start_or_resume(run.model, run.policy, run.optimizer)
         if folder.step == 0:
@@ -923,8 +918,8 @@ def score_held_out(run: Run, samples: list[data.Sample], reader: data.VideoReade
     uses the same random numbers."""
     s, scores = run.settings, []
     share = dict(list(enumerate(samples))[run.rank::run.world])
-    for prompts, _ in data.read_prompts(reader, share, s.rollout_groups, run.tokenizer,
-                                        s.max_prompt_tokens):
+    batches = data.in_batches(share, s.rollout_groups)
+    for prompts, _ in data.read_prompts(reader, batches, run.tokenizer, s.max_prompt_tokens):
         scores += score_prompts(run, prompts)
     scores = sum(model_utils.all_gather(scores), [])
     if not samples:

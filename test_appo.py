@@ -23,7 +23,6 @@ import subprocess
 import sys
 import time
 import zlib
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -626,14 +625,10 @@ def toy(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def videos(toy):
-    """[(sample, future of its video)]; the videos are read already."""
-    pairs = []
-    for sample in data.load_samples(toy / "train.json")[::2]:
-        future = Future()
-        future.set_result(data.read_visual(sample, fps=1, max_frames=16, min_pixels=3136,
-                                           max_pixels=3136))
-        pairs.append((sample, future))
-    return pairs
+    """[(sample, its video)]"""
+    samples = data.load_samples(toy / "train.json")[::2]
+    return [(sample, data.read_visual(sample, fps=1, max_frames=16, min_pixels=3136,
+                                      max_pixels=3136)) for sample in samples]
 
 
 def settings_of(toy, algorithm="appo", **changes):
@@ -648,9 +643,8 @@ def learn(toy, videos, algorithm="appo", steps=2, reward=data.task_reward,
     s = settings_of(toy, algorithm, **changes)
     model, tokenizer = model_utils.load_model(s.model, torch.device("cpu"))
     run = appo.set_up(s, model, tokenizer, reward, weigh)
-    positions = range(0, 1000, s.prompts_per_step)
-    batches = iter([{n: videos[n % len(videos)] for n in range(start, start + s.prompts_per_step)}
-                    for start in positions])
+    prompts = {n: data.build_prompt(*videos[n % len(videos)], tokenizer) for n in range(60)}
+    batches = ((batch, []) for batch in data.in_batches(prompts, s.prompts_per_step))
     all_metrics, all_groups = [], []
     for _ in range(steps):
         metrics, groups, _ = appo.training_step(run, batches)
@@ -747,7 +741,7 @@ def test_gradients_that_are_not_finite_are_not_applied(toy, videos, changes):
     assert torch.equal(weights_of(run), weights_of(before))
 
 
-def test_dynamic_sampling_and_long_prompts(toy, videos):
+def test_dynamic_sampling(toy, videos):
     scores = itertools.cycle([1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 1.0])     # 3 of 4 groups differ
     options = dict(algorithm="dapo", group_size=2, dynamic_sampling=True,
                    reward=lambda text, sample: (1.0, next(scores), 1.0))
@@ -756,9 +750,9 @@ def test_dynamic_sampling_and_long_prompts(toy, videos):
     assert run.position == 16
     _, metrics, _ = learn(toy, videos, max_resamples=0, **options)
     assert [record["groups"] for record in metrics] == [3, 3]
-    _, metrics, _ = learn(toy, videos, max_prompt_tokens=20)
-    assert [record["skipped"] for record in metrics] == [4, 4]
-    assert metrics[1]["groups"] == metrics[1]["grad_norm"] == 0
+    options |= dict(max_resamples=0, reward=lambda *_: (1.0, 1.0, 1.0))
+    _, metrics, _ = learn(toy, videos, **options)
+    assert metrics[1]["groups"] == metrics[1]["grad_norm"] == 0     # no group is left
 
 
 def test_the_stream_of_prompts():
@@ -1665,21 +1659,22 @@ def test_batches_are_read_ahead_and_long_or_unreadable_prompts_left_out(tmp_path
             yield {position: good, position + 1: bad}
 
     with data.VideoReader(1, **READING) as reader:
-        ahead = data.read_ahead(reader, batches())
-        assert taken == [7]  # the first batch is being decoded already
-        batch = next(ahead)
+        ahead = data.read_prompts(reader, batches(), WordTokenizer(), 10 ** 6)
+        prompts, (skipped,) = next(ahead)
         assert taken == [7, 3]  # the second batch is under way
-        assert [list(other) for other in ahead] == [[3, 4]]
-        assert list(data.read_ahead(reader, [])) == []
-        prompts, (skipped,) = data.build_prompts(batch, WordTokenizer(), 10 ** 6)
+        assert [list(prompts) for prompts, _ in ahead] == [[3]]
         limit = len(prompts[7].input_ids)
         assert list(prompts) == [7] and prompts[7].sample == good
         assert "neither a file" in skipped.pop("reason")
         assert skipped == dict(position=8, id="a:0", path=bad.video, unreadable=True)
-        assert list(data.build_prompts(batch, WordTokenizer(), limit)[0]) == [7]
-        prompts, (skipped, _) = data.build_prompts(batch, WordTokenizer(), limit - 1)
-        assert prompts == {} and not skipped["unreadable"]
-        assert skipped["reason"].endswith(f"over the limit of {limit - 1}")
+        for limit, count in (limit, 1), (limit - 1, 0):
+            (prompts, skipped), = data.read_prompts(reader, [{7: good}], WordTokenizer(), limit)
+            assert len(prompts) == count
+        assert not skipped[0]["unreadable"]
+        assert skipped[0]["reason"].endswith(f"over the limit of {limit}")
+        assert list(data.read_prompts(reader, [], WordTokenizer(), 1)) == []
+    parts = data.in_batches(dict(enumerate("abcde")), 2)
+    assert list(parts) == [{0: "a", 1: "b"}, {2: "c", 3: "d"}, {4: "e"}]
 
 
 # ---- rewards
@@ -2761,19 +2756,14 @@ def gpu(monkeypatch):
 
 
 def built_in_batch(tokenizer, count):
-    """Samples of the built-in task with their videos, as data.read_ahead gives them."""
-    batch = {}
-    for position in range(count):
-        prompt, *_ = data.toy_prompt(np.random.default_rng(position), tokenizer, position)
-        visual = Future()
-        visual.set_result(data.Visual(prompt.patches, prompt.video_grids, [], [2.0], 16.0, 16))
-        batch[position] = prompt.sample, visual
-    return batch
+    """Prompts of the built-in task."""
+    return {position: data.toy_prompt(np.random.default_rng(position), tokenizer, position)[0]
+            for position in range(count)}
 
 
 def sampled(model, tokenizer, evaluating=False, cuda_graph=False):
     """4 responses of up to 18 tokens to each of 3 prompts."""
-    prompts, _ = data.build_prompts(built_in_batch(tokenizer, 3), tokenizer, 1000)
+    prompts = built_in_batch(tokenizer, 3)
     encoded = model_utils.encode_prompts(model, list(prompts.values()))
     choose = None
     if evaluating:
@@ -2821,7 +2811,7 @@ def test_a_training_step_on_a_gpu(gpu, algorithm):
     s = appo.Settings.of(algorithm, **appo.TINY | options)
     run = appo.set_up(s, model, tokenizer, reward=either)
     before = model.lm_head.weight.clone()
-    metrics, groups, _ = appo.training_step(run, iter([built_in_batch(tokenizer, 2)]))
+    metrics, groups, _ = appo.training_step(run, iter([(built_in_batch(tokenizer, 2), [])]))
     assert 0 < metrics["grad_norm"] < 100 and metrics["rollout_logprob_gap"] < 0.1
     assert PretendGraph.recorded > 0
     assert all(group.rollout.log_probs.device == CUDA for group in groups)
@@ -2843,7 +2833,7 @@ def sharded_step():
     run = appo.set_up(s, model.requires_grad_(False), tokenizer, reward=either)
     before = model.lm_head.weight.clone()
     batch = built_in_batch(tokenizer, world)
-    metrics, *_ = appo.training_step(run, iter([{rank: batch[rank]}]))
+    metrics, *_ = appo.training_step(run, iter([({rank: batch[rank]}, [])]))
     assert 0 < metrics["grad_norm"] < 100 and metrics["rollout_logprob_gap"] < 0.1
     assert not torch.equal(model.lm_head.weight, before)
     weights = torch.cat([weight.flatten() for weight in model.parameters()])
