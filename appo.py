@@ -484,25 +484,31 @@ def score_group(run: Run, group: Group) -> None:
                                        k2=s.k2, threshold=s.threshold, strategy=s.strategy)
 
 
-def groups_of_batch(run: Run, batches: Iterator[Batch]) -> tuple[list[Group], list[dict]]:
-    """Steps 1 to 4 for the next batch: this process's (groups, records of unusable samples)."""
-    prompts, unusable = next(batches)                                           # step 1
-    run.position += run.settings.prompts_per_step
-    run.lap("wait")
-    groups = sample_groups(run, prompts)                                        # step 2
-    for group in groups:
-        score_group(run, group)                                                 # steps 3 and 4
-    run.lap("score")
-    return groups, unusable
-
-
 def collect_groups(run: Run, batches: Iterator[Batch]) -> tuple[list[Group], list[dict]]:
-    """Steps 1 to 4: (this process's groups, records of all processes' unusable samples)."""
-    groups, unusable = groups_of_batch(run, batches)
-    if run.settings.dynamic_sampling:
-        groups, more_unusable = resample(run, batches, groups)
-        unusable += more_unusable
-    return groups, sum(model_utils.all_gather(unusable), [])
+    """Steps 1 to 4: (this process's groups, records of all processes' unusable samples).
+
+    DAPO's dynamic sampling, an option, replaces groups whose responses all have the same accuracy
+    by those of further batches. If there are too few of them, the step has fewer groups.
+    """
+    s, groups, unusable = run.settings, [], []
+    for _ in range(1 + s.dynamic_sampling * s.max_resamples):
+        prompts, unusable_here = next(batches)                                  # step 1
+        run.position += s.prompts_per_step
+        run.lap("wait")
+        new_groups = sample_groups(run, prompts)                                # step 2
+        for group in new_groups:
+            score_group(run, group)                                             # steps 3 and 4
+        run.lap("score")
+        if s.dynamic_sampling:
+            new_groups = [g for g in new_groups if (g.accuracy != g.accuracy[0]).any()]
+        groups += new_groups
+        unusable += sum(model_utils.all_gather(unusable_here), [])
+        positions = sum(model_utils.all_gather([group.position for group in groups]), [])
+        if len(positions) >= s.prompts_per_step:
+            break
+    # Of a surplus, all processes keep the same groups: the first ones of the stream.
+    chosen = sorted(positions)[:s.prompts_per_step]
+    return [group for group in groups if group.position in chosen], unusable
 
 
 def group_loss(run: Run, group: Group, log_probs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -617,69 +623,51 @@ def train(s: Settings, reward: Callable = data.task_reward,
         make_built_in_model(s)      # does nothing if the user gave --model
     dist.barrier()
     steps = s.steps or math.ceil(s.epochs * len(samples) / s.prompts_per_step)
-    # With --resume, the folder's step and position are those of its newest checkpoint.
-    # The number of samples decides about the order of the prompts and the number of steps.
+    # All processes call the folder's methods, and the first one writes. With --resume, its step and
+    # position are those of the newest checkpoint. The number of samples decides about the order of
+    # the prompts and the number of steps.
     settings = asdict(s) | {"samples": len(samples)}
     folder = model_utils.RunFolder(s.output, settings, may_differ=may_differ(s))
-    stream = prompt_stream(s, samples, folder.position, rank, world)
-    with open_reader(s) as reader, model_utils.stop_signals() as stop:
+    with open_reader(s) as reader, model_utils.stop_signals() as stop_requests:
         model, tokenizer = model_utils.load_model(s.model, device)
         run = set_up(s, model, tokenizer, reward, weigh)
         run.position = folder.position
-        batches = data.read_prompts(reader, stream, tokenizer, s.max_prompt_tokens)
-        # All processes call the folder's methods, and the first one writes.
-        folder.start_or_resume(run.model, run.policy, run.optimizer)
-        if folder.step == 0:
-            folder.log("held_out", *score_held_out(run, held_out, reader, 0))
+        folder.start_or_resume(model, run.policy, run.optimizer)
+        if held_out and folder.step == 0:
+            folder.log("held_out", score_held_out(run, held_out, reader))
         if rank == 0:
             print(f"training on {world} x {device.type}")
+        stream = prompt_stream(s, samples, folder.position, rank, world)
+        batches = data.read_prompts(reader, stream, tokenizer, s.max_prompt_tokens)
         bar = tqdm(range(folder.step + 1, steps + 1), s.algorithm, steps, initial=folder.step,
                    disable=rank > 0)
         for step in bar:
             rate = set_learning_rate(run, step, steps)
             metrics, groups, skipped = training_step(run, batches)
             folder.step, folder.position = step, run.position
-            folder.log("metrics", {"step": step} | metrics | {"learning_rate": rate})
-            folder.log("skipped", *[{"step": step} | record for record in skipped])
-            folder.log("samples", *describe(groups, run.tokenizer, step))
+            folder.log("metrics", metrics | {"learning_rate": rate})
+            folder.log("skipped", *skipped)
+            folder.log("samples", *describe(groups, tokenizer))
             bar.set_postfix(accuracy=metrics.get("accuracy"), reward=metrics.get("reward"))
-            sample_ids = [group.prompt.sample.id for group in groups]
             # Raises an error after three steps without a finite gradient, or if over 5% of the
             # samples cannot be read.
-            folder.stop_if_failing(metrics["grad_norm"], sample_ids, skipped)
+            folder.stop_if_failing(metrics["grad_norm"], [g.prompt.sample.id for g in groups],
+                                   skipped)
             last = step == steps
-            if last or (s.eval_every and step % s.eval_every == 0):
-                folder.log("held_out", *score_held_out(run, held_out, reader, step))
-            stopping = any(model_utils.all_gather(stop.requested)) and not last
+            if held_out and (last or (s.eval_every and step % s.eval_every == 0)):
+                folder.log("held_out", score_held_out(run, held_out, reader))
+            stopping = any(model_utils.all_gather(bool(stop_requests))) and not last
             if stopping or (s.save_every and step % s.save_every == 0):
-                folder.save(run.model, run.tokenizer, s.model, run.policy, run.optimizer)
+                folder.save(model, run.policy, run.optimizer)
             if stopping:
                 raise RunError(f"stopped after step {step}; continue by the same command with "
                                "--resume")
-    folder.finish(run.model, run.tokenizer, s.model)
+    folder.finish(model)
     if rank == 0:
         print_summary(folder, s)
 
 
 # ------------------------------------------------------------- what options and baselines add
-
-def resample(run: Run, batches: Iterator[Batch],
-             groups: list[Group]) -> tuple[list[Group], list[dict]]:
-    """DAPO's dynamic sampling: groups whose responses all have the same accuracy are replaced by
-    those of further batches. If there are too few of them, the training step has fewer groups."""
-    s, kept, unusable = run.settings, [], []
-    for number in range(s.max_resamples + 1):
-        kept += [group for group in groups if (group.accuracy != group.accuracy[0]).any()]
-        of_processes = model_utils.all_gather([group.position for group in kept])
-        positions = sorted(sum(of_processes, []))           # of the kept groups of all processes
-        if len(positions) >= s.prompts_per_step or number == s.max_resamples:
-            break
-        groups, more_unusable = groups_of_batch(run, batches)
-        unusable += more_unusable
-    # Of a surplus, all processes keep the same groups: the first ones of the stream.
-    chosen = positions[:s.prompts_per_step]
-    return [group for group in kept if group.position in chosen], unusable
-
 
 def overlong_penalty(lengths: Tensor, max_new_tokens: int, buffer: int) -> Tensor:
     """DAPO's soft overlong punishment, to be added to the reward.  lengths (G,) -> float (G,)
@@ -809,12 +797,11 @@ def open_reader(s: Settings) -> data.VideoReader:
 
 def may_differ(s: Settings) -> set[str]:
     """Settings that may change when a run is resumed."""
-    names = {"output", "resume", "video_root", "save_every", "keep", "eval_every", "readers",
-             "decode_timeout", "rollout_groups", "gradient_checkpointing", "cpu_offload",
-             "cuda_graph"}
+    names = ("output resume video_root save_every keep eval_every readers decode_timeout "
+             "rollout_groups gradient_checkpointing cpu_offload cuda_graph")
     if s.lr_schedule == "constant":
-        names |= {"steps", "epochs"}
-    return names
+        names += " steps epochs"
+    return set(names.split())
 
 
 def group_metrics(run: Run, group: Group) -> dict[str, float]:
@@ -827,19 +814,18 @@ def group_metrics(run: Run, group: Group) -> dict[str, float]:
         "response_length": mask.sum(1).float().mean(),
         "truncated": 1 - ended.any(1).float().mean(),
         "zero_variance_groups": (group.reward == group.reward[0]).all(),
-        "crucial_frames": group.crucial.sum()}
-    metrics = {name: float(value) for name, value in metrics.items()} | {"loss": 0.0}
-    if not group.updates:
-        return metrics
-    for name in group.updates[0]:
-        metrics[name] = float(np.mean([of_update[name] for of_update in group.updates]))
-    gap = (group.old_log_probs - rollout.log_probs).where(mask, 0.0)    # of policy and model
-    outside = ((gap.exp() - 1).abs() > 0.1).float()         # ratios outside 0.9 to 1.1
-    return metrics | {"token_weight_mean": masked_mean(group.token_weights, mask).item(),
-                      "token_weight_max": group.token_weights.max().item(),
-                      "rollout_logprob_gap": gap.abs().max().item(),
-                      "rollout_logprob_gap_mean": masked_mean(gap.abs(), mask).item(),
-                      "rollout_ratio_outside": masked_mean(outside, mask).item()}
+        "crucial_frames": group.crucial.sum(), "loss": 0.0}
+    if group.updates:
+        gap = (group.old_log_probs - rollout.log_probs).where(mask, 0.0)    # of policy and model
+        outside = ((gap.exp() - 1).abs() > 0.1).float()         # ratios outside 0.9 to 1.1
+        metrics |= {"token_weight_mean": masked_mean(group.token_weights, mask),
+                    "token_weight_max": group.token_weights.max(),
+                    "rollout_logprob_gap": gap.abs().max(),
+                    "rollout_logprob_gap_mean": masked_mean(gap.abs(), mask),
+                    "rollout_ratio_outside": masked_mean(outside, mask)}
+        for name in group.updates[0]:
+            metrics[name] = np.mean([of_update[name] for of_update in group.updates])
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def batch_metrics(run: Run, groups: list[Group], seconds: float) -> dict[str, float]:
@@ -851,18 +837,15 @@ def batch_metrics(run: Run, groups: list[Group], seconds: float) -> dict[str, fl
     for _, metrics in in_order:
         for name, value in metrics.items():
             columns[name].append(value)
-    # Every record has these, even if no group was computed.
-    result = dict(loss=0.0, approx_kl=0.0, clip_fraction=0.0, rollout_logprob_gap=0.0,
-                  token_weight_mean=1.0, token_weight_max=1.0)
-    for name, values in columns.items():
-        most = name in ("token_weight_max", "rollout_logprob_gap")
-        result[name] = max(values) if most else float(np.mean(values))
+    result = {name: float(np.mean(values)) for name, values in columns.items()}
+    for name in ("token_weight_max", "rollout_logprob_gap"):
+        result[name] = max(columns[name], default=0.0)
     tokens = sum(columns["response_length"]) * run.settings.group_size
     return result | {"groups": len(in_order), "samples_per_second": len(in_order) / seconds,
                      "tokens_per_second": tokens / seconds}
 
 
-def describe(groups: list[Group], tokenizer, step: int) -> list[dict]:
+def describe(groups: list[Group], tokenizer) -> list[dict]:
     """For samples.jsonl: one group with its token weights, if possible one that was computed."""
     if not groups:
         return []
@@ -875,7 +858,7 @@ def describe(groups: list[Group], tokenizer, step: int) -> list[dict]:
             "reward": group.reward[i].item(), "accuracy": group.accuracy[i].item(),
             "format": group.format[i].item(), "advantage": group.advantages[i].item(),
             "weights": group.token_weights[i][real].tolist() if group.updates else None})
-    return [{"step": step, "id": sample.id, "question": sample.question, "answer": sample.answer,
+    return [{"id": sample.id, "question": sample.question, "answer": sample.answer,
              "crucial_frames": group.crucial.nonzero().flatten().tolist(), "responses": responses}]
 
 
@@ -912,24 +895,20 @@ def score_prompts(run: Run, prompts: dict[int, data.Prompt]) -> list[dict[str, f
     return scores
 
 
-def score_held_out(run: Run, samples: list[data.Sample], reader: data.VideoReader,
-                   step: int) -> list[dict]:
-    """A record of means over the held-out samples of all processes; none without samples. Each call
-    uses the same random numbers."""
+def score_held_out(run: Run, samples: list[data.Sample], reader: data.VideoReader) -> dict:
+    """Means over the held-out samples of all processes. Each call uses the same random numbers."""
     s, scores = run.settings, []
     share = dict(list(enumerate(samples))[run.rank::run.world])
     batches = data.in_batches(share, s.rollout_groups)
     for prompts, _ in data.read_prompts(reader, batches, run.tokenizer, s.max_prompt_tokens):
         scores += score_prompts(run, prompts)
     scores = sum(model_utils.all_gather(scores), [])
-    if not samples:
-        return []
-    record = {"step": step, "samples": len(scores), "skipped": len(samples) - len(scores)}
+    record = {"samples": len(scores), "skipped": len(samples) - len(scores)}
     for name in ("accuracy", "top1", "topk"):
         values = [score[name] for score in scores if name in score]
         if values:
             record[name] = float(np.mean(values))
-    return [record]
+    return record
 
 
 def make_built_in_data(s: Settings) -> None:
@@ -965,7 +944,7 @@ def make_built_in_model(s: Settings) -> None:
 
     stages = data.toy_stages(tokenizer, s.seed)
     model = model_utils.warm_up(new_model, stages, measure)
-    model_utils.save_checkpoint(folder, model, tokenizer, source=None)
+    model_utils.save_checkpoint(folder, model, tokenizer)
     # Other tools read the picture settings from this file.
     pictures = data.picture_settings(TINY["min_pixels"], TINY["max_pixels"])
     (folder / "preprocessor_config.json").write_text(json.dumps(pictures, indent=1))
@@ -1010,23 +989,24 @@ MAY_BE_ZERO = {"threshold", "alpha", "clip_low", "clip_high", "kl_coef", "gamma"
 
 
 def check_settings(s: Settings) -> None:
+    def check(condition: bool, name: str, fix: str) -> None:
+        if not condition:
+            raise RunError(f"--{name} {getattr(s, name)}: {fix}")
+
     for name, value in asdict(s).items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if type(value) not in (int, float):
             continue
-        if not math.isfinite(value) or value < 0 or (value == 0 and name not in MAY_BE_ZERO):
-            bound = "of at least" if name in MAY_BE_ZERO else "above"
-            raise RunError(f"--{name} {value}: give a number {bound} 0")
-    if s.min_pixels > s.max_pixels:
-        raise RunError(f"--min_pixels {s.min_pixels} is above --max_pixels {s.max_pixels}: lower "
-                       "--min_pixels")
+        if name in MAY_BE_ZERO:
+            check(0 <= value < math.inf, name, "give a number of at least 0")
+        else:
+            check(0 < value < math.inf, name, "give a number above 0")
+    check(s.min_pixels <= s.max_pixels, "min_pixels", f"above --max_pixels {s.max_pixels}; lower "
+          "--min_pixels")
     for name in ("clip_low", "beta2"):
-        if getattr(s, name) >= 1:
-            raise RunError(f"--{name} {getattr(s, name)}: give a number below 1")
-    if s.group_size == 1:
-        raise RunError("--group_size 1: give at least 2; advantages compare a group's responses")
-    if s.overlong_buffer > s.max_new_tokens:
-        raise RunError(f"--overlong_buffer {s.overlong_buffer} is longer than --max_new_tokens "
-                       f"{s.max_new_tokens}: shorten it")
+        check(getattr(s, name) < 1, name, "give a number below 1")
+    check(s.group_size > 1, "group_size", "give at least 2; advantages compare a group's responses")
+    check(s.overlong_buffer <= s.max_new_tokens, "overlong_buffer",
+          f"longer than --max_new_tokens {s.max_new_tokens}; shorten it")
 
 
 def main(arguments: list[str] | None = None) -> None:

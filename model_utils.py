@@ -775,7 +775,6 @@ class RunFolder:
         self.position = 0       # prompts taken from the stream
         self.unreadable = 0     # samples that could not be read
         self.not_finite: list[list[str]] = []   # samples of the last steps with a bad gradient
-        self.checkpoint: Path | None = None     # to resume from
         if settings["resume"]:
             self.find_checkpoint(may_differ)
         else:
@@ -801,13 +800,17 @@ class RunFolder:
                                "same settings")
         states = sorted(self.path.glob(COMPLETE))
         if states:
-            self.checkpoint = states[-1].parent
             state = json.loads(states[-1].read_text())
             self.step, self.position = state["step"], state["position"]
             self.unreadable = state["unreadable"]
         elif (self.path / "checkpoint").exists():
             raise RunError(f"{self.path}: the run has finished, and has no checkpoint to resume "
                            "from; leave out --resume")
+
+    @property
+    def checkpoint(self) -> Path:
+        """Of this step, to resume from."""
+        return self.path / f"step-{self.step:06d}"
 
     def start_or_resume(self, model, policy, optimizer) -> None:
         """Prepare the folder and load the checkpoint, if there is one; the number of processes may
@@ -820,7 +823,7 @@ class RunFolder:
                 else:
                     self.start()
         dist.barrier()
-        if self.checkpoint is not None:
+        if self.step > 0:
             load_training_state(self.checkpoint / "training", policy, optimizer)
             refresh(model, policy)
 
@@ -841,20 +844,19 @@ class RunFolder:
         """Drop what was logged after the checkpoint, and checkpoints that are not complete."""
         for unfinished in self.path.glob("*.partial"):
             shutil.rmtree(unfinished)
-        for name in ("metrics", "samples", "skipped", "held_out"):
-            log, cut = self.path / f"{name}.jsonl", self.path / f"{name}.cut"
-            if not log.exists():
-                continue
-            before = []     # without a checkpoint drop all, what was logged at step 0, too
-            if self.checkpoint is not None:
-                before = [record for record in read_log(log) if record["step"] <= self.step]
-            cut.write_text("".join(json.dumps(record) + "\n" for record in before))
-            cut.replace(log)
+        last_step = self.step or -1     # without a checkpoint, what was logged at step 0 goes, too
+        for log in self.path.glob("*.jsonl"):
+            lines = [json.dumps(record) + "\n" for record in read_log(log)
+                     if record["step"] <= last_step]
+            shortened = log.with_suffix(".cut")
+            shortened.write_text("".join(lines))
+            shortened.replace(log)
 
     def log(self, name: str, *records: dict) -> None:
         if self.writes:
             with self.writing(), open(self.path / f"{name}.jsonl", "a") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
+                for record in records:
+                    print(json.dumps({"step": self.step} | record), file=file)
 
     def writing(self):
         return explained(f"{self.path}: cannot be written; make room on the disk, or give another "
@@ -872,19 +874,18 @@ class RunFolder:
             raise RunError("the gradient was not finite in 3 steps in a row; look at the samples "
                            f"{self.not_finite}, or lower the learning rate")
 
-    def save(self, model, tokenizer, source: str, policy, optimizer) -> None:
+    def save(self, model, policy, optimizer) -> None:
         """A checkpoint of all that a resumed run needs."""
         state = {"step": self.step, "position": self.position, "unreadable": self.unreadable}
-        save_checkpoint(self.path / f"step-{self.step:06d}", model, tokenizer, source, policy,
-                        optimizer, state)
+        save_checkpoint(self.checkpoint, model, self.settings["model"], policy, optimizer, state)
         if self.writes:
             for old in sorted(self.path.glob("step-??????"))[:-self.settings["keep"]]:
                 shutil.rmtree(old)
         dist.barrier()      # no process ends while another one writes
 
-    def finish(self, model, tokenizer, source: str) -> None:
+    def finish(self, model) -> None:
         """The final checkpoint."""
-        save_checkpoint(self.path / "checkpoint", model, tokenizer, source)
+        save_checkpoint(self.path / "checkpoint", model, self.settings["model"])
         dist.barrier()
 
 
@@ -912,46 +913,45 @@ def copy_source_files(source: str, folder: Path) -> None:
         files = []
     for file in files:
         shutil.copyfile(file, folder / file.name)
-    if not (folder / "config.json").exists():
+    if not files:
         raise RunError(f"{source}: its files are gone, and a checkpoint copies them; put them back "
                        "and continue with --resume")
 
 
-def save_checkpoint(folder: Path, model, tokenizer, source: str | None, policy=None,
-                    optimizer=None, state: dict | None = None) -> None:
+def save_checkpoint(folder: Path, model, source, policy=None, optimizer=None,
+                    state: dict | None = None) -> None:
     """Write an ordinary Hugging Face folder; with a policy, also what a run resumes from: the
     policy's weights and the optimizer's moments, by all processes together, and the state.
 
-    The files beside the weights are those of the `source` model, unchanged, so whatever loads the
-    source loads the checkpoint. All is written to a sibling folder, which is renamed when complete.
+    source: the name of the model whose files beside the weights are copied unchanged, so whatever
+    loads the source loads the checkpoint; for a new model, its tokenizer. All is written to a
+    sibling folder, which is renamed when complete.
     """
     import torch.distributed.checkpoint as checkpoints                      # slow to import
     from torch.distributed.checkpoint.state_dict import get_state_dict
     partial_folder = folder.with_name(f"{folder.name}.partial")
     writes = not dist.is_initialized() or dist.get_rank() == 0
-    try:
+    with explained(f"{folder}: cannot be written; make room on the disk. Checkpoints in step-* are "
+                   "complete, continue from them with --resume"):
         if writes:
             shutil.rmtree(partial_folder, ignore_errors=True)
             model.save_pretrained(partial_folder)
-            if source is None:
-                tokenizer.save_pretrained(partial_folder)
-            else:
+            if isinstance(source, str):
                 copy_source_files(source, partial_folder)
+            else:
+                source.save_pretrained(partial_folder)
         if policy is not None:
             weights, moments = get_state_dict(policy, optimizer)
-            checkpoints.save({"policy": weights, "optimizer": moments},
-                             checkpoint_id=partial_folder / "training")
+            try:
+                checkpoints.save({"policy": weights, "optimizer": moments},
+                                 checkpoint_id=partial_folder / "training")
+            except checkpoints.CheckpointException as error:    # not an Exception
+                raise OSError(str(error)[-200:]) from None      # the cause comes last
         if writes:
             if state is not None:
                 (partial_folder / "state.json").write_text(json.dumps(state))
             shutil.rmtree(folder, ignore_errors=True)
             partial_folder.rename(folder)
-    except (OSError, SafetensorError, checkpoints.CheckpointException) as error:
-        reason = " ".join(str(error).split())[-300:]    # the cause comes last
-        fix = "make room on the disk"
-        if any(folder.parent.glob(COMPLETE)):
-            fix += ". The last complete checkpoint is intact, continue with --resume"
-        raise RunError(f"{folder}: cannot be written ({reason}); {fix}") from error
 
 
 def load_training_state(folder: Path, policy, optimizer) -> None:
@@ -964,21 +964,16 @@ def load_training_state(folder: Path, policy, optimizer) -> None:
     set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments)
 
 
-class StopRequest:
-    """Whether a signal requested a stop, and since when."""
-    requested, since = False, 0.0
-
-
 @contextmanager
-def stop_signals() -> Iterator[StopRequest]:
+def stop_signals() -> Iterator[list[float]]:
     """Inside, SIGINT, SIGTERM and SIGHUP request a stop after this training step. Another one, more
-    than 5 s later, exits at once: a job manager and torchrun may both send the first one."""
-    stop = StopRequest()
+    than 5 s later, exits at once: a job manager and torchrun may both send the first one. Yields
+    the list of the times at which they came."""
+    times = []
 
     def on_signal(number: int, _) -> None:
-        if not stop.requested:
-            stop.requested, stop.since = True, time.monotonic()
-        elif time.monotonic() > stop.since + 5:
+        times.append(time.monotonic())
+        if times[-1] > times[0] + 5:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
@@ -988,7 +983,7 @@ def stop_signals() -> Iterator[StopRequest]:
         if handler != signal.SIG_IGN:       # under nohup a run outlives its terminal
             signal.signal(number, on_signal)
     try:
-        yield stop
+        yield times
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -927,9 +927,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(whole, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
     try:
-        with pytest.raises(model_utils.RunError, match="make room on the disk.*is intact"):
+        with pytest.raises(model_utils.RunError, match="make room on the disk.*continue from them"):
             appo.train(s)
-        with pytest.raises(model_utils.RunError, match="make room on the disk$"):
+        with pytest.raises(model_utils.RunError, match="make room on the disk"):
             appo.train(first)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -973,7 +973,7 @@ def test_a_resumed_run_has_its_own_kind_of_optimizer(tmp_path):
     model, tokenizer = model_utils.tiny_model(data.toy_vocabulary())
     for before, now in (True, False), (False, True):
         folder = tmp_path / str(before)
-        model_utils.save_checkpoint(folder, model, tokenizer, None, *optimized(before), {})
+        model_utils.save_checkpoint(folder, model, tokenizer, *optimized(before), {})
         policy, optimizer = optimized(now)
         model_utils.load_training_state(folder / "training", policy, optimizer)
         assert optimizer.param_groups[0]["fused"] == now
@@ -2527,7 +2527,7 @@ def test_a_checkpoint_has_the_files_and_names_of_its_source(toy, tmp_path, name,
     shutil.rmtree(source)
     model, tokenizer = model_utils.load_model(str(output / "checkpoint"), torch.device("cpu"))
     with pytest.raises(model_utils.RunError, match="its files are gone"):
-        model_utils.save_checkpoint(output / "again", model, tokenizer, str(source))
+        model_utils.save_checkpoint(output / "again", model, str(source))
 
 
 # -------------------------------------------------------------------------- as transformers has it
