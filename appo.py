@@ -44,8 +44,10 @@ or DAPO. Their functions stand after the loop.
     torchrun appo.py --model Qwen/Qwen2.5-VL-3B-Instruct --data train.json --video_root videos
 """
 import copy
+import inspect
 import json
 import math
+import re
 import time
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, replace
@@ -59,7 +61,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers.hf_argparser import HfArg, HfArgumentParser
+from transformers.hf_argparser import HfArgumentParser
 
 import data
 import model_utils
@@ -277,84 +279,75 @@ TINY = dict(k1=4, k2=2, k3=6, attention_layers=2, max_new_tokens=36, min_pixels=
             beta2=0.95, gradient_checkpointing=False)
 
 
-def option(default, help: str):
-    """A field of a dataclass, with its help text on the command line."""
-    return HfArg(default=default, help=help)
-
-
 @dataclass
 class Settings:
     """Train Qwen2.5-VL with APPO or a baseline. Without --model and --data: the built-in task.
 
     Defaults are the paper's values. Settings left at None take the algorithm's value from PRESETS.
     """
-    model: str | None = option(None, "model folder or hub name; default: the built-in model")
-    data: str | None = option(None, "annotation files a.json,b.jsonl; default: built-in videos")
-    video_root: str | None = option(None, "folder that the annotations' paths are relative to")
-    skip_missing: bool = option(False, "train without the samples whose files are missing")
-    toy_folder: str = option("runs/toy", "where the built-in videos and model are made, and reused")
-    output: str | None = option(None, "run folder; default runs/ALGORITHM. An earlier run in it "
-                                   "is moved aside")
-    algorithm: Literal["appo", "dapo", "grpo", "papo_g", "papo_d"] = option("appo", "see PRESETS")
+    model: str | None = None        # model folder or hub name; default: the built-in model
+    data: str | None = None         # annotation files a.json,b.jsonl; default: built-in videos
+    video_root: str | None = None   # folder that the annotations' paths are relative to
+    skip_missing: bool = False      # train without the samples whose files are missing
+    toy_folder: str = "runs/toy"    # where the built-in videos and model are made, and reused
+    output: str | None = None       # run folder, default runs/ALGORITHM; a run in it is moved aside
+    algorithm: Literal["appo", "dapo", "grpo", "papo_g", "papo_d"] = "appo"     # see PRESETS
+
     # crucial frames and token weights (paper, section 3.2; supplement, A.1 and A.2)
-    strategy: Literal["soft", "hard", "all"] = option(
-        "soft", "which frames are crucial: those that correct responses focus on; hard: without "
-        "those that incorrect ones focus on; all: those that any response focuses on")
-    threshold: float = option(0.5, "tau: a response with at least this accuracy counts as correct")
-    k1: int = option(15, "K1: tokens that a response's attention to a frame is averaged over")
-    k2: int = option(3, "K2: frames that a response focuses on")
-    k3: int = option(64, "K3: tokens that a response picks for each crucial frame")
-    alpha: float | None = option(None, "alpha: weights are 1 + alpha * D; 0 turns them off")
-    attention_layers: int = option(3, "how many of the last layers' attention is read")
+    strategy: Literal["soft", "hard", "all"] = "soft"   # which frames are crucial: README, step 4
+    threshold: float = 0.5          # tau: a response with at least this accuracy counts as correct
+    k1: int = 15                    # K1: tokens that a response's attention to a frame averages
+    k2: int = 3                     # K2: frames that a response focuses on
+    k3: int = 64                    # K3: tokens that a response picks for each crucial frame
+    alpha: float | None = None      # alpha: weights are 1 + alpha * D; 0 turns them off
+    attention_layers: int = 3       # how many of the last layers' attention is read
+
     # objective
-    clip_low: float = option(0.2, "epsilon_low")
-    clip_high: float | None = option(None, "epsilon_high: DAPO's clip-higher")
-    average: Literal["tokens", "responses"] | None = option(
-        None, "mean over the group's tokens, or over responses of each response's token mean")
-    kl_coef: float | None = option(None, "beta: weight of the KL to the frozen start model")
-    gamma: float | None = option(None, "gamma: weight of PAPO's perception loss")
-    eta: float | None = option(None, "eta: weight of PAPO's entropy loss")
+    clip_low: float = 0.2           # epsilon_low
+    clip_high: float | None = None  # epsilon_high: DAPO's clip-higher
+    average: Literal["tokens", "responses"] | None = None   # of the loss: see masked_mean
+    kl_coef: float | None = None    # beta: weight of the KL to the frozen start model
+    gamma: float | None = None      # gamma: weight of PAPO's perception loss
+    eta: float | None = None        # eta: weight of PAPO's entropy loss
+
     # sampling and update
-    group_size: int = option(8, "G: responses per prompt")
-    prompts_per_step: int = option(16, "prompts per training step, over all processes")
-    rollout_groups: int = option(16, "groups that are sampled together on one device")
-    max_new_tokens: int = option(512, "L_max: longest response")
-    max_prompt_tokens: int = option(8192, "longer prompts are dropped and counted, never truncated")
-    temperature: float = option(1.0, "of sampling, and of the probabilities in the loss")
-    updates_per_batch: int = option(1, "optimizer steps on each batch of rollouts")
-    dynamic_sampling: bool = option(False, "DAPO: replace groups whose responses all have "
-                                    "the same accuracy by other prompts")
-    max_resamples: int = option(4, "most extra batches per step for dynamic sampling")
-    overlong_buffer: int = option(0, "L_c: DAPO's penalty on the last L_c tokens before L_max")
-    steps: int = option(0, "training steps; 0: as many as --epochs needs")
-    epochs: float = option(1.0, "passes over the data (NExT-GQA: 2)")
-    learning_rate: float = option(1e-6, "of AdamW, without weight decay")
-    lr_schedule: Literal["constant", "linear"] = option("constant", "linear: decays towards 0 like "
-                                                        "transformers' schedule")
-    warmup_steps: int = option(0, "steps over which the learning rate rises to its value")
-    beta2: float = option(0.999, "second beta of AdamW")
-    max_grad_norm: float = option(1.0, "gradient clipping")
-    gradient_checkpointing: bool = option(True, "recompute activations in the backward pass, for "
-                                          "much less memory")
-    cpu_offload: bool = option(False, "keep trained weights, gradients and moments in host memory")
-    cuda_graph: bool = option(False, "sample tokens by replaying a recorded CUDA graph")
+    group_size: int = 8             # G: responses per prompt
+    prompts_per_step: int = 16      # prompts per training step, over all processes
+    rollout_groups: int = 16        # groups that are sampled together on one device
+    max_new_tokens: int = 512       # L_max: longest response
+    max_prompt_tokens: int = 8192   # longer prompts are dropped and counted, never truncated
+    temperature: float = 1.0        # of sampling, and of the probabilities in the loss
+    updates_per_batch: int = 1      # optimizer steps on each batch of rollouts
+    dynamic_sampling: bool = False  # DAPO: replace groups whose responses all have one accuracy
+    max_resamples: int = 4          # most extra batches per step for dynamic sampling
+    overlong_buffer: int = 0        # L_c: DAPO's penalty on the last L_c tokens before L_max
+    steps: int = 0                  # training steps; 0: as many as --epochs needs
+    epochs: float = 1.0             # passes over the data (NExT-GQA: 2)
+    learning_rate: float = 1e-6     # of AdamW, without weight decay
+    lr_schedule: Literal["constant", "linear"] = "constant"     # linear: decays towards 0
+    warmup_steps: int = 0           # steps over which the learning rate rises to its value
+    beta2: float = 0.999            # second beta of AdamW
+    max_grad_norm: float = 1.0      # gradient clipping
+    gradient_checkpointing: bool = True     # recompute activations, for much less memory
+    cpu_offload: bool = False       # trained weights, gradients and moments lie in host memory
+    cuda_graph: bool = False        # sample tokens by replaying a recorded CUDA graph
+
     # video
-    fps: float = option(1.0, "sampled frames per second")
-    max_frames: int = option(16, "most sampled frames per video (paper: 16 for 7B, 30 for 3B, 100 "
-                             "for grounding)")
-    min_pixels: int = option(50176, "fewest pixels per frame; 50,176 pixels are 64 visual tokens")
-    max_pixels: int = option(50176, "most pixels per frame")
-    readers: int = option(2, "video decoding processes beside each training process")
-    decode_timeout: float = option(60.0, "seconds after which a video counts as unreadable")
+    fps: float = 1.0                # sampled frames per second
+    max_frames: int = 16            # most sampled frames (paper: 16 for 7B, 30: 3B, 100: grounding)
+    min_pixels: int = 50176         # fewest pixels per frame; 50,176 are 64 visual tokens
+    max_pixels: int = 50176         # most pixels per frame
+    readers: int = 2                # video decoding processes beside each training process
+    decode_timeout: float = 60.0    # seconds after which a video counts as unreadable
+
     # bookkeeping
-    eval_data: str | None = option(None, "held-out annotations, scored before and after")
-    eval_every: int = option(0, "also score them every so many steps; 0: never")
-    save_every: int = option(100, "steps between checkpoints to resume from; 0: none")
-    keep: int = option(2, "how many of those checkpoints stay")
-    resume: bool = option(False, "continue from the newest checkpoint in --output")
-    seed: int = option(0, "of the data order, sampling and masks")
-    rollout_seed: int | None = option(None, "of sampling only; default --seed. Two runs that "
-                                         "differ only in it show the noise between runs")
+    eval_data: str | None = None    # held-out annotations, scored before and after
+    eval_every: int = 0             # also score them every so many steps; 0: never
+    save_every: int = 100           # steps between checkpoints to resume from; 0: none
+    keep: int = 2                   # how many of those checkpoints stay
+    resume: bool = False            # continue from the newest checkpoint in --output
+    seed: int = 0                   # of the data order, sampling and masks
+    rollout_seed: int | None = None     # of sampling only, for the noise between runs; default seed
 
     def __post_init__(self):
         for name, value in PRESETS[self.algorithm].items():
@@ -953,6 +946,13 @@ def make_built_in_model(s: Settings) -> None:
 # -------------------------------------------------------------------------------- the command line
 
 class Parser(HfArgumentParser):
+    """Options named and explained as the fields of Settings and the comments beside them."""
+    comments = dict(re.findall(r"^    (\w+): .*  # (.*)", inspect.getsource(Settings), re.M))
+
+    def add_argument(self, name: str, *more, **options):
+        options.setdefault("help", self.comments.get(name.lstrip("-")))
+        return super().add_argument(name, *more, **options)
+
     def error(self, message: str) -> None:
         line = " ".join(message.split())
         self.exit(2, f"{self.prog}: {model_utils.printable(line)}\n")
