@@ -440,11 +440,9 @@ ORDER, ROLLOUT, MASK, HELD_OUT = range(4)       # what `random_numbers` are for
 def sample_groups(run: Run, prompts: dict[int, data.Prompt],
                   purpose: int = ROLLOUT) -> list[Group]:
     """Step 2. Embed each video once, then sample G responses to each prompt."""
-    s = run.settings
-    groups, positions = [], list(prompts)
-    for start in range(0, len(positions), s.rollout_groups):
-        part = positions[start:start + s.rollout_groups]
-        encoded = model_utils.encode_prompts(run.model, [prompts[position] for position in part])
+    s, groups = run.settings, []
+    for part in data.in_batches(prompts, s.rollout_groups):
+        encoded = model_utils.encode_prompts(run.model, list(part.values()))
         run.lap("embed")
         # One uniform number per token, seeded by the prompt's place in the stream: what is sampled
         # does not depend on how the prompts are batched.
@@ -453,8 +451,7 @@ def sample_groups(run: Run, prompts: dict[int, data.Prompt],
         rollouts = model_utils.rollout(
             run.model, encoded, torch.tensor(np.stack(uniforms)), temperature=s.temperature,
             attention_layers=s.attention_layers if s.alpha else 0, cuda_graph=s.cuda_graph)
-        for position, rollout in zip(part, rollouts):
-            groups.append(Group(position, prompts[position], rollout))
+        groups += map(Group, part.keys(), part.values(), rollouts)
         run.lap("rollout")
     return groups
 
@@ -484,7 +481,7 @@ def collect_groups(run: Run, batches: Iterator[Batch]) -> tuple[list[Group], lis
     by those of further batches. If there are too few of them, the step has fewer groups.
     """
     s, groups, unusable = run.settings, [], []
-    for _ in range(1 + s.dynamic_sampling * s.max_resamples):
+    for _ in range(1 + s.max_resamples if s.dynamic_sampling else 1):
         prompts, unusable_here = next(batches)                                  # step 1
         run.position += s.prompts_per_step
         run.lap("wait")
@@ -502,6 +499,20 @@ def collect_groups(run: Run, batches: Iterator[Batch]) -> tuple[list[Group], lis
     # Of a surplus, all processes keep the same groups: the first ones of the stream.
     chosen = sorted(positions)[:s.prompts_per_step]
     return [group for group in groups if group.position in chosen], unusable
+
+
+def fix_constants(run: Run, group: Group, log_probs: Tensor, logits: Tensor | None) -> None:
+    """Step 5, from the policy's pass before its first update: the old log-probabilities and the
+    token weights, which stay the same in all updates on a group.
+
+    The old log-probabilities are the policy's own. Those of the model that sampled differ by
+    rounding: this is logged (rollout_logprob_gap), not corrected.
+    """
+    run.lap("update")       # the time up to here, so that step 5 is timed by itself
+    group.old_log_probs = log_probs.detach()
+    if group.loss_scale:    # it is no dummy
+        group.token_weights = run.weigh(group, logits, run.settings)
+    run.lap("weights")
 
 
 def group_loss(run: Run, group: Group, log_probs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -543,8 +554,7 @@ def update(run: Run, groups: list[Group]) -> list[float]:
     """Steps 5 and 6. Optimizer steps on the groups of all processes; returns the gradient norms.
 
     Every update passes over the whole batch, and its objective is the mean over the groups of all
-    processes. The first update's pass also gives the old log-probabilities and the logits for the
-    token weights, so step 5 is done there, without an extra pass.
+    processes. The first update's pass also gives what step 5 needs, without an extra pass.
     """
     s = run.settings
     computed, total, finite = plan_passes(run, groups)
@@ -561,15 +571,8 @@ def update(run: Run, groups: list[Group]) -> list[float]:
             log_probs, logits = run.policy(     # both at the temperature of sampling
                 group.rollout.encoded, group.rollout.response_ids, group.rollout.response_mask,
                 keep_logits=first and s.alpha > 0)
-            # The old log-probabilities are the policy's own before its first update. Those of the
-            # model that sampled differ by rounding: this is logged (rollout_logprob_gap), not
-            # corrected.
             if first:
-                run.lap("update")       # the time up to here, so that step 5 is timed by itself
-                group.old_log_probs = log_probs.detach()
-                if group.loss_scale:
-                    group.token_weights = run.weigh(group, logits, s)           # step 5
-                run.lap("weights")
+                fix_constants(run, group, log_probs, logits)                    # step 5
             del logits      # large
             loss, metrics = group_loss(run, group, log_probs)                   # step 6
             # FSDP averages over the processes; what we want is the mean over all groups.

@@ -914,9 +914,9 @@ def build_prompt(sample: Sample, visual: Visual, tokenizer) -> Prompt:
                   frame_of_token=torch.tensor(frame_of_token), num_frames=num_frames)
 
 
-def in_batches(samples: dict[int, Sample], size: int) -> Iterator[dict[int, Sample]]:
-    """{position: sample} in parts of `size`, the last one perhaps smaller."""
-    items = iter(samples.items())
+def in_batches(by_position: dict, size: int) -> Iterator[dict]:
+    """A dictionary in parts of `size` entries, the last one perhaps smaller."""
+    items = iter(by_position.items())
     return iter(lambda: dict(islice(items, size)), {})  # until nothing is left
 
 
