@@ -21,7 +21,6 @@ import copy
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import sys
@@ -37,6 +36,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -44,7 +44,6 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers.utils import cached_file
 
 
 class RunError(RuntimeError):
@@ -114,9 +113,6 @@ def load_model(name: str, device: torch.device):
 
     Raises RunError if it is of another type or lacks files or weights.
     """
-    if not Path(name).is_dir() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-        raise RunError(f"{name}: no such folder; give a folder with config.json, tokenizer and "
-                       "weights, or a hub name")
     with explained(f"{name}: no usable model; give a hub name or a folder with the configuration, "
                    "tokenizer and weights of a qwen2_5_vl model"):
         config = transformers.AutoConfig.from_pretrained(name)
@@ -126,7 +122,7 @@ def load_model(name: str, device: torch.device):
         if not tokenizer.chat_template:
             raise RunError(f"{name}: its tokenizer has no chat template; copy chat_template.jinja "
                            "from Qwen2.5-VL")
-        source_files(name, local_files_only=False)  # fetched now, since checkpoints copy them
+        source_folder(name)     # fetched now, since checkpoints copy it
         model, report = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
             name, dtype=compute_type(device), output_loading_info=True)
     missing = sorted(report["missing_keys"])
@@ -890,32 +886,29 @@ class RunFolder:
 
 
 # All that a Hugging Face folder of Qwen2.5-VL may hold beside the weights.
-SOURCE_FILES = (
+SOURCE_FILES = [
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
     "chat_template.jinja", "chat_template.json", "preprocessor_config.json",
-    "video_preprocessor_config.json", "processor_config.json")
+    "video_preprocessor_config.json", "processor_config.json"]
 
 
-def source_files(source: str, local_files_only: bool) -> list[Path]:
-    """The files of a model beside its weights; those of the hub are fetched into its cache."""
-    paths = [cached_file(source, name, local_files_only=local_files_only,
-                         _raise_exceptions_for_missing_entries=False) for name in SOURCE_FILES]
-    return [Path(path) for path in paths if path is not None]
+def source_folder(source: str, local_files_only: bool = False) -> Path:
+    """The folder of a model's files; from the hub, all but the weights are fetched into its cache."""
+    if Path(source).is_dir():
+        return Path(source)
+    return Path(snapshot_download(source, allow_patterns=SOURCE_FILES,
+                                  local_files_only=local_files_only))
 
 
 def copy_source_files(source: str, folder: Path) -> None:
-    for name in SOURCE_FILES:       # transformers has rewritten some of them
-        (folder / name).unlink(missing_ok=True)
-    try:
-        files = source_files(source, local_files_only=True)
-    except OSError:     # transformers takes a missing folder for a hub name
-        files = []
-    for file in files:
-        shutil.copyfile(file, folder / file.name)
-    if not files:
-        raise RunError(f"{source}: its files are gone, and a checkpoint copies them; put them back "
-                       "and continue with --resume")
+    with explained(f"{source}: its files are gone, and a checkpoint copies them; put them back and "
+                   "continue with --resume"):
+        files = source_folder(source, local_files_only=True)
+    for name in SOURCE_FILES:
+        (folder / name).unlink(missing_ok=True)     # transformers has rewritten some of them
+        if (files / name).exists():
+            shutil.copyfile(files / name, folder / name)
 
 
 def save_checkpoint(folder: Path, model, source, policy=None, optimizer=None,
