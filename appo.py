@@ -32,9 +32,10 @@ averaged over the frame's visual tokens, over all heads and over the last `atten
 Up to three copies of the language model exist. The *model* samples; it is not sharded, and in bf16
 on a GPU. The *policy* is trained; its weights are fp32, though on a GPU it computes in bf16, too.
 It is split over the processes, and copied into the model after each step. The *reference* is the
-frozen start model; only a KL term needs it. The vision tower is frozen, as in the paper. No loss
-acts on the attention itself: it only decides which tokens weigh more. With several processes each
-one has its share of a batch's prompts, and all of them update the same policy.
+start model, not split; only a KL term needs it. The vision tower is frozen, as in the paper, so the
+model's serves all three. No loss acts on the attention itself: it only decides which tokens weigh
+more. With several processes each one has its share of a batch's prompts, and all of them update the
+same policy.
 
 The baselines are here, too. GRPO adds beta * KL(policy || reference) to the loss, and PAPO (arXiv
 2507.06448) adds -gamma * KL(policy || policy given a masked video) + eta * entropy to that of GRPO
@@ -96,7 +97,7 @@ def focused_frames(frame_attention: Tensor, response_mask: Tensor, *, k1: int = 
     focused = torch.zeros(G, F, dtype=torch.bool, device=frame_attention.device)
     for i in range(G):
         attention = frame_attention[i, response_mask[i]]                        # (tokens, F)
-        if len(attention) > 0:      # a response without tokens focuses on nothing
+        if len(attention) > 0:      # a response without tokens (never ours) focuses on nothing
             highest = attention.topk(min(k1, len(attention)), dim=0).values     # (K1, F)
             focused[i, highest.mean(0).topk(min(k2, F)).indices] = True
     return focused
@@ -105,7 +106,7 @@ def focused_frames(frame_attention: Tensor, response_mask: Tensor, *, k1: int = 
 def crucial_frames(frame_attention: Tensor, response_mask: Tensor, accuracy: Tensor, *,
                    k1: int = 15, k2: int = 3, threshold: float = 0.5,
                    strategy: str = "soft") -> Tensor:
-    """The frames whose perception is trained: psi' in the paper, section 3.2.
+    """The frames that decide which tokens weigh more: psi' in the paper, section 3.2.
 
     soft: the frames that any correct response focuses on. hard: of those, the ones that no
     incorrect response focuses on. all: the frames that any response focuses on. A response is
@@ -189,7 +190,7 @@ def scaled_divergence(logits: Tensor, picked: Tensor) -> Tensor:
     if span < 1e-4:                                             # equal up to rounding
         return torch.zeros(picked.shape, device=picked.device)
     scaled = (divergence - divergence.min()) / span
-    j = (picked.cumsum(1) - 1).clamp(min=0)     # which of its response's picks a token is
+    j = (picked.cumsum(1) - 1).clamp(min=0)     # a token's index among its response's picks
     return scaled[j].where(picked, 0.0)
 
 
@@ -200,7 +201,7 @@ def group_divergence(logits: Tensor, places: Tensor) -> Tensor:
     -> (J,), each between 0 and G ln G
 
     A response without a place is left out of the row, so the sum tends to be smaller for rows in
-    which few have one. With only one it is 0: the last picks of the longest response get D = 0.
+    which few have one. With only one it is 0: a pick that no other response matches gets D = 0.
     """
     responses = torch.arange(places.shape[1], device=places.device)             # (G,)
     results = []
@@ -244,7 +245,8 @@ def clipped_surrogate_loss(
     Returns (scalar, {approx_kl: mean of rho - 1 - log rho, clip_fraction: share of tokens}).
     Example: rho = [1.5, 1], A = 2, W = 1 -> -(min(3, 2.56) + min(2, 2)) / 2 = -2.28.
     """
-    # Padding may hold nan: clamp keeps it from the gradient, and masked_mean from the means.
+    # The padding of other codebases may hold nan: clamp keeps it from the gradient, and masked_mean
+    # from the means.
     log_ratio = (log_probs - old_log_probs).clamp(-20, 20)
     ratio = log_ratio.exp()                                                     # rho (G, R)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -283,7 +285,7 @@ TINY = dict(k1=4, k2=2, k3=6, attention_layers=2, max_new_tokens=36, min_pixels=
 class Settings:
     """Train Qwen2.5-VL with APPO or a baseline. Without --model and --data: the built-in task.
 
-    Defaults are the paper's values. Settings left at None take the algorithm's value from PRESETS.
+    Defaults are the paper's values. Those that PRESETS lists take the algorithm's value if None.
     """
     model: str | None = None        # model folder or hub name; default: the built-in model
     data: str | None = None         # annotation files a.json,b.jsonl; default: built-in videos
@@ -294,7 +296,7 @@ class Settings:
     algorithm: Literal["appo", "dapo", "grpo", "papo_g", "papo_d"] = "appo"     # see PRESETS
 
     # crucial frames and token weights (paper, section 3.2; supplement, A.1 and A.2)
-    strategy: Literal["soft", "hard", "all"] = "soft"   # which frames are crucial: README, step 4
+    strategy: Literal["soft", "hard", "all"] = "soft"   # crucial frames: see `crucial_frames`
     threshold: float = 0.5          # tau: a response with at least this accuracy counts as correct
     k1: int = 15                    # K1: tokens that a response's attention to a frame averages
     k2: int = 3                     # K2: frames that a response focuses on
@@ -389,7 +391,7 @@ class Group:
     # step 5
     token_weights: Tensor | None = None     # (G, R); None in groups that are not computed, since
                                             # all their advantages are 0 (see plan_passes)
-    # step 6, fixed before the first update
+    # fixed before the first update
     old_log_probs: Tensor | None = None     # (G, R), as are the next two; of the policy's first
                                             # pass, not of the model that sampled
     ref_log_probs: Tensor | None = None     # of the reference, with kl_coef
@@ -475,14 +477,15 @@ def score_group(run: Run, group: Group) -> None:
 
 
 def collect_groups(run: Run, batches: Iterator[Batch]) -> tuple[list[Group], list[dict]]:
-    """Steps 1 to 4: (this process's groups, records of all processes' unusable samples).
+    """Steps 1 to 4: (this process's groups, records of all processes' skipped samples).
 
     DAPO's dynamic sampling, an option, replaces groups whose responses all have the same accuracy
     by those of further batches. If there are too few of them, the step has fewer groups.
     """
-    s, groups, unusable = run.settings, [], []
-    for _ in range(1 + s.max_resamples if s.dynamic_sampling else 1):
-        prompts, unusable_here = next(batches)                                  # step 1
+    s, groups, skipped = run.settings, [], []
+    most_batches = 1 + s.max_resamples if s.dynamic_sampling else 1
+    for _ in range(most_batches):
+        prompts, skipped_here = next(batches)                                   # step 1
         run.position += s.prompts_per_step
         run.lap("wait")
         new_groups = sample_groups(run, prompts)                                # step 2
@@ -492,13 +495,13 @@ def collect_groups(run: Run, batches: Iterator[Batch]) -> tuple[list[Group], lis
         if s.dynamic_sampling:
             new_groups = [g for g in new_groups if (g.accuracy != g.accuracy[0]).any()]
         groups += new_groups
-        unusable += sum(model_utils.all_gather(unusable_here), [])
-        positions = sum(model_utils.all_gather([group.position for group in groups]), [])
+        skipped += model_utils.gather_lists(skipped_here)
+        positions = model_utils.gather_lists([group.position for group in groups])
         if len(positions) >= s.prompts_per_step:
             break
     # Of a surplus, all processes keep the same groups: the first ones of the stream.
     chosen = sorted(positions)[:s.prompts_per_step]
-    return [group for group in groups if group.position in chosen], unusable
+    return [group for group in groups if group.position in chosen], skipped
 
 
 def fix_constants(run: Run, group: Group, log_probs: Tensor, logits: Tensor | None) -> None:
@@ -510,7 +513,7 @@ def fix_constants(run: Run, group: Group, log_probs: Tensor, logits: Tensor | No
     """
     run.lap("update")       # the time up to here, so that step 5 is timed by itself
     group.old_log_probs = log_probs.detach()
-    if group.loss_scale:    # it is no dummy
+    if group.loss_scale:    # a dummy has no frames
         group.token_weights = run.weigh(group, logits, run.settings)
     run.lap("weights")
 
@@ -537,17 +540,17 @@ def plan_passes(run: Run, groups: list[Group]) -> tuple[list[Group], int, bool]:
     gradient: it counts in the mean over groups, but is not computed.
 
     A pass through a sharded model is a collective call, so every process must make the same number:
-    one with fewer groups adds dummies, whose gradients are 0. At least one pass is made in any
-    case: with gradients of 0 AdamW still takes its step by momentum, without any it would not.
+    one with fewer groups adds dummies, whose gradients are 0. If no group is active, one dummy
+    still gives gradients of 0: AdamW takes its step by momentum, as if all groups were computed.
     """
     s = run.settings
     active = [g for g in groups if s.kl_coef or s.masked_video or g.advantages.any()]
     # nan where weights or activations have overflowed
     finite = all(g.rollout.log_probs.isfinite().all() for g in groups)
     of_processes = model_utils.all_gather((len(active), len(groups), finite))
-    numbers_active, numbers_of_groups, all_finite = zip(*of_processes)
-    dummies = [dummy_group(run) for _ in range(max(1, *numbers_active) - len(active))]
-    return active + dummies, sum(numbers_of_groups), all(all_finite)
+    active_counts, group_counts, all_finite = zip(*of_processes)
+    dummies = [dummy_group(run) for _ in range(max(1, *active_counts) - len(active))]
+    return active + dummies, sum(group_counts), all(all_finite)
 
 
 def update(run: Run, groups: list[Group]) -> list[float]:
@@ -563,7 +566,7 @@ def update(run: Run, groups: list[Group]) -> list[float]:
     if not finite:              # no update
         return [math.nan]
     for group in computed:
-        add_reference_log_probs(run, group)     # baselines only
+        add_baseline_log_probs(run, group)     # baselines only
     norms = []
     for number in range(s.updates_per_batch):
         first = number == 0
@@ -579,7 +582,7 @@ def update(run: Run, groups: list[Group]) -> list[float]:
             (loss * group.loss_scale * run.world / total).backward()
             group.updates.append({name: value.item() for name, value in metrics.items()})
         norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), s.max_grad_norm)
-        norms.append(norm.full_tensor().item())     # a DTensor, as all of FSDP2
+        norms.append(norm.full_tensor().item())     # FSDP2 gives a DTensor
         if math.isfinite(norms[-1]):        # the same on all processes
             run.optimizer.step()
         run.optimizer.zero_grad()
@@ -620,8 +623,7 @@ def train(s: Settings, reward: Callable = data.task_reward,
     dist.barrier()
     steps = s.steps or math.ceil(s.epochs * len(samples) / s.prompts_per_step)
     # All processes call the folder's methods, and the first one writes. With --resume, its step and
-    # position are those of the newest checkpoint. The number of samples decides about the order of
-    # the prompts and the number of steps.
+    # position are those of the newest checkpoint. The number of samples sets the order of prompts.
     settings = asdict(s) | {"samples": len(samples)}
     folder = model_utils.RunFolder(s.output, settings, may_differ=may_differ(s))
     with open_reader(s) as reader, model_utils.stop_signals() as stop_requests:
@@ -697,15 +699,15 @@ def perception_loss(log_probs: Tensor, masked_log_probs: Tensor, response_mask: 
 
 
 @torch.no_grad()
-def add_reference_log_probs(run: Run, group: Group) -> None:
-    """Before step 6: the log-probabilities that the KL terms of GRPO and PAPO compare with."""
+def add_baseline_log_probs(run: Run, group: Group) -> None:
+    """The log-probabilities that the KL terms of GRPO and PAPO compare with."""
     prompt, rollout = group.prompt, group.rollout
     if run.reference is not None:
         group.ref_log_probs, _ = run.reference(rollout.encoded, rollout.response_ids,
                                                rollout.response_mask)
     if run.settings.masked_video:
         masked = rollout.encoded
-        if prompt is not None:      # a dummy has no video
+        if group.loss_scale:    # a dummy has no video
             # Blackens a random share of the patches, which stand in the order of the grids.
             patches = data.mask_patches(prompt.patches, prompt.video_grids + prompt.image_grids,
                                         random_numbers(run.settings.seed, MASK, group.position))
@@ -771,8 +773,8 @@ def random_numbers(seed: int, purpose: int, position: int) -> np.random.Generato
 
 def prompt_stream(s: Settings, samples: list[data.Sample], start: int, rank: int,
                   world: int) -> Iterator[dict[int, data.Sample]]:
-    """Endless batches by position, this process's share of each; a new order every epoch."""
-    @lru_cache(2)
+    """This process's share of endless batches, by position; reshuffled every epoch."""
+    @lru_cache(2)       # a batch may reach into the next epoch
     def order(epoch: int) -> np.ndarray:
         return random_numbers(s.seed, ORDER, epoch).permutation(len(samples))
 
@@ -812,7 +814,7 @@ def group_metrics(run: Run, group: Group) -> dict[str, float]:
         "zero_variance_groups": (group.reward == group.reward[0]).all(),
         "crucial_frames": group.crucial.sum(), "loss": 0.0}
     if group.updates:
-        gap = (group.old_log_probs - rollout.log_probs).where(mask, 0.0)    # of policy and model
+        gap = (group.old_log_probs - rollout.log_probs).where(mask, 0.0)    # policy against model
         outside = ((gap.exp() - 1).abs() > 0.1).float()         # ratios outside 0.9 to 1.1
         metrics |= {"token_weight_mean": masked_mean(group.token_weights, mask),
                     "token_weight_max": group.token_weights.max(),
@@ -826,9 +828,9 @@ def group_metrics(run: Run, group: Group) -> dict[str, float]:
 
 def batch_metrics(run: Run, groups: list[Group], seconds: float) -> dict[str, float]:
     """The mean of each metric over the groups that have it; of two metrics, the maximum."""
-    of_processes = model_utils.all_gather([(g.position, group_metrics(run, g)) for g in groups])
+    gathered = model_utils.gather_lists([(g.position, group_metrics(run, g)) for g in groups])
     # In the order of the stream, so that the sums are the same for any number of processes.
-    in_order = sorted(sum(of_processes, []))        # positions are unique
+    in_order = sorted(gathered)     # positions are unique
     columns = defaultdict(list)
     for _, metrics in in_order:
         for name, value in metrics.items():
@@ -898,7 +900,7 @@ def score_held_out(run: Run, samples: list[data.Sample], reader: data.VideoReade
     batches = data.in_batches(share, s.rollout_groups)
     for prompts, _ in data.read_prompts(reader, batches, run.tokenizer, s.max_prompt_tokens):
         scores += score_prompts(run, prompts)
-    scores = sum(model_utils.all_gather(scores), [])
+    scores = model_utils.gather_lists(scores)
     record = {"samples": len(scores), "skipped": len(samples) - len(scores)}
     for name in ("accuracy", "top1", "topk"):
         values = [score[name] for score in scores if name in score]

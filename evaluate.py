@@ -823,7 +823,7 @@ def group_gradients(run: appo.Run, group: appo.Group, arms: list[tuple]) -> Tens
     log_probs, logits = run.policy(rollout.encoded, rollout.response_ids, rollout.response_mask,
                                    keep_logits=True)
     group.old_log_probs, gradients = log_probs.detach(), []
-    appo.add_reference_log_probs(run, group)
+    appo.add_baseline_log_probs(run, group)
     for s, weigh in arms:
         of_arm = replace(run, settings=s)
         appo.score_group(of_arm, group)                                  # with its crucial frames

@@ -101,6 +101,11 @@ def all_gather(thing) -> list:
     return things
 
 
+def gather_lists(items: list) -> list:
+    """The items of all processes, in the order of the ranks. A collective call."""
+    return sum(all_gather(items), [])
+
+
 def compute_type(device: torch.device) -> torch.dtype:
     """The type that models compute in. The policy's own weights are fp32 everywhere."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -894,7 +899,7 @@ SOURCE_FILES = [
 
 
 def source_folder(source: str, local_files_only: bool = False) -> Path:
-    """The folder of a model's files; from the hub, all but the weights are fetched into its cache."""
+    """The folder of a model's files; all but its weights are fetched from the hub."""
     if Path(source).is_dir():
         return Path(source)
     return Path(snapshot_download(source, allow_patterns=SOURCE_FILES,
