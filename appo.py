@@ -532,27 +532,6 @@ def group_loss(run: Run, group: Group, log_probs: Tensor) -> tuple[Tensor, dict[
     return loss, {"loss": loss.detach()} | metrics
 
 
-def plan_passes(run: Run, groups: list[Group]) -> tuple[list[Group], int, bool]:
-    """(this process's groups to compute, number of groups of all processes, whether all sampled
-    log-probabilities are finite).
-
-    A group with equal rewards has advantages of 0 and, unless there is a KL or perception term, no
-    gradient: it counts in the mean over groups, but is not computed.
-
-    A pass through a sharded model is a collective call, so every process must make the same number:
-    one with fewer groups adds dummies, whose gradients are 0. If no group is active, one dummy
-    still gives gradients of 0: AdamW takes its step by momentum, as if all groups were computed.
-    """
-    s = run.settings
-    active = [g for g in groups if s.kl_coef or s.masked_video or g.advantages.any()]
-    # nan where weights or activations have overflowed
-    finite = all(g.rollout.log_probs.isfinite().all() for g in groups)
-    of_processes = model_utils.all_gather((len(active), len(groups), finite))
-    active_counts, group_counts, all_finite = zip(*of_processes)
-    dummies = [dummy_group(run) for _ in range(max(1, *active_counts) - len(active))]
-    return active + dummies, sum(group_counts), all(all_finite)
-
-
 def update(run: Run, groups: list[Group]) -> list[float]:
     """Steps 5 and 6. Optimizer steps on the groups of all processes; returns the gradient norms.
 
@@ -560,7 +539,7 @@ def update(run: Run, groups: list[Group]) -> list[float]:
     processes. The first update's pass also gives what step 5 needs, without an extra pass.
     """
     s = run.settings
-    computed, total, finite = plan_passes(run, groups)
+    computed, total, finite = plan_passes(run, groups)      # without groups that have no gradient
     if total == 0:              # no sample was usable, or dynamic sampling kept no group
         return []
     if not finite:              # no update
@@ -734,6 +713,27 @@ def set_up(s: Settings, model, tokenizer, reward: Callable = data.task_reward,
                                   weight_decay=0.0, fused=fused)
     return Run(s, model, tokenizer, policy, reference, optimizer, rank=dist.get_rank(),
                world=dist.get_world_size(), reward=reward, weigh=weigh)
+
+
+def plan_passes(run: Run, groups: list[Group]) -> tuple[list[Group], int, bool]:
+    """(this process's groups to compute, number of groups of all processes, whether all sampled
+    log-probabilities are finite).
+
+    A group with equal rewards has advantages of 0 and, unless there is a KL or perception term, no
+    gradient: it counts in the mean over groups, but is not computed.
+
+    A pass through a sharded model is a collective call, so every process must make the same number:
+    one with fewer groups adds dummies, whose gradients are 0. If no group is active, one dummy
+    still gives gradients of 0: AdamW takes its step by momentum, as if all groups were computed.
+    """
+    s = run.settings
+    active = [g for g in groups if s.kl_coef or s.masked_video or g.advantages.any()]
+    # nan where weights or activations have overflowed
+    finite = all(g.rollout.log_probs.isfinite().all() for g in groups)
+    of_processes = model_utils.all_gather((len(active), len(groups), finite))
+    active_counts, group_counts, all_finite = zip(*of_processes)
+    dummies = [dummy_group(run) for _ in range(max(1, *active_counts) - len(active))]
+    return active + dummies, sum(group_counts), all(all_finite)
 
 
 def dummy_group(run: Run) -> Group:
