@@ -32,9 +32,10 @@ averaged over the frame's visual tokens, over all heads and over the last `atten
 Up to three copies of the language model exist. The *model* samples; it is not sharded, and in bf16
 on a GPU. The *policy* is trained; its weights are fp32, though on a GPU it computes in bf16, too.
 It is split over the processes, and copied into the model after each step. The *reference* is the
-frozen start model; only a KL term needs it. The vision tower is frozen, as in the paper. No loss
-acts on the attention itself: it only decides which tokens weigh more. With several processes each
-one has its share of a batch's prompts, and all of them update the same policy.
+start model, not split; only a KL term needs it. The vision tower is frozen, as in the paper, so the
+model's serves all three. No loss acts on the attention itself: it only decides which tokens weigh
+more. With several processes each one has its share of a batch's prompts, and all of them update the
+same policy.
 
 The baselines are here, too. GRPO adds beta * KL(policy || reference) to the loss, and PAPO (arXiv
 2507.06448) adds -gamma * KL(policy || policy given a masked video) + eta * entropy to that of GRPO
@@ -44,11 +45,12 @@ or DAPO. Their functions stand after the loop.
     torchrun appo.py --model Qwen/Qwen2.5-VL-3B-Instruct --data train.json --video_root videos
 """
 import copy
+import inspect
 import json
 import math
+import re
 import time
 from collections import Counter, defaultdict
-from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -60,7 +62,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers.hf_argparser import HfArg, HfArgumentParser
+from transformers.hf_argparser import HfArgumentParser
 
 import data
 import model_utils
@@ -95,7 +97,7 @@ def focused_frames(frame_attention: Tensor, response_mask: Tensor, *, k1: int = 
     focused = torch.zeros(G, F, dtype=torch.bool, device=frame_attention.device)
     for i in range(G):
         attention = frame_attention[i, response_mask[i]]                        # (tokens, F)
-        if len(attention) > 0:      # a response without tokens focuses on nothing
+        if len(attention) > 0:      # a response without tokens (never ours) focuses on nothing
             highest = attention.topk(min(k1, len(attention)), dim=0).values     # (K1, F)
             focused[i, highest.mean(0).topk(min(k2, F)).indices] = True
     return focused
@@ -104,7 +106,7 @@ def focused_frames(frame_attention: Tensor, response_mask: Tensor, *, k1: int = 
 def crucial_frames(frame_attention: Tensor, response_mask: Tensor, accuracy: Tensor, *,
                    k1: int = 15, k2: int = 3, threshold: float = 0.5,
                    strategy: str = "soft") -> Tensor:
-    """The frames whose perception is trained: psi' in the paper, section 3.2.
+    """The frames that decide which tokens weigh more: psi' in the paper, section 3.2.
 
     soft: the frames that any correct response focuses on. hard: of those, the ones that no
     incorrect response focuses on. all: the frames that any response focuses on. A response is
@@ -188,7 +190,7 @@ def scaled_divergence(logits: Tensor, picked: Tensor) -> Tensor:
     if span < 1e-4:                                             # equal up to rounding
         return torch.zeros(picked.shape, device=picked.device)
     scaled = (divergence - divergence.min()) / span
-    j = (picked.cumsum(1) - 1).clamp(min=0)     # which of its response's picks a token is
+    j = (picked.cumsum(1) - 1).clamp(min=0)     # a token's index among its response's picks
     return scaled[j].where(picked, 0.0)
 
 
@@ -199,7 +201,7 @@ def group_divergence(logits: Tensor, places: Tensor) -> Tensor:
     -> (J,), each between 0 and G ln G
 
     A response without a place is left out of the row, so the sum tends to be smaller for rows in
-    which few have one. With only one it is 0: the last picks of the longest response get D = 0.
+    which few have one. With only one it is 0: a pick that no other response matches gets D = 0.
     """
     responses = torch.arange(places.shape[1], device=places.device)             # (G,)
     results = []
@@ -243,7 +245,8 @@ def clipped_surrogate_loss(
     Returns (scalar, {approx_kl: mean of rho - 1 - log rho, clip_fraction: share of tokens}).
     Example: rho = [1.5, 1], A = 2, W = 1 -> -(min(3, 2.56) + min(2, 2)) / 2 = -2.28.
     """
-    # Padding may hold nan: clamp keeps it from the gradient, and masked_mean from the means.
+    # The padding of other codebases may hold nan: clamp keeps it from the gradient, and masked_mean
+    # from the means.
     log_ratio = (log_probs - old_log_probs).clamp(-20, 20)
     ratio = log_ratio.exp()                                                     # rho (G, R)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -278,84 +281,75 @@ TINY = dict(k1=4, k2=2, k3=6, attention_layers=2, max_new_tokens=36, min_pixels=
             beta2=0.95, gradient_checkpointing=False)
 
 
-def option(default, help: str):
-    """A field of a dataclass, with its help text on the command line."""
-    return HfArg(default=default, help=help)
-
-
 @dataclass
 class Settings:
     """Train Qwen2.5-VL with APPO or a baseline. Without --model and --data: the built-in task.
 
-    Defaults are the paper's values. Settings left at None take the algorithm's value from PRESETS.
+    Defaults are the paper's values. Those that PRESETS lists take the algorithm's value if None.
     """
-    model: str | None = option(None, "model folder or hub name; default: the built-in model")
-    data: str | None = option(None, "annotation files a.json,b.jsonl; default: built-in videos")
-    video_root: str | None = option(None, "folder that the annotations' paths are relative to")
-    skip_missing: bool = option(False, "train without the samples whose files are missing")
-    toy_folder: str = option("runs/toy", "where the built-in videos and model are made, and reused")
-    output: str | None = option(None, "run folder; default runs/ALGORITHM. An earlier run in it "
-                                   "is moved aside")
-    algorithm: Literal["appo", "dapo", "grpo", "papo_g", "papo_d"] = option("appo", "see PRESETS")
+    model: str | None = None        # model folder or hub name; default: the built-in model
+    data: str | None = None         # annotation files a.json,b.jsonl; default: built-in videos
+    video_root: str | None = None   # folder that the annotations' paths are relative to
+    skip_missing: bool = False      # train without the samples whose files are missing
+    toy_folder: str = "runs/toy"    # where the built-in videos and model are made, and reused
+    output: str | None = None       # run folder, default runs/ALGORITHM; a run in it is moved aside
+    algorithm: Literal["appo", "dapo", "grpo", "papo_g", "papo_d"] = "appo"     # see PRESETS
+
     # crucial frames and token weights (paper, section 3.2; supplement, A.1 and A.2)
-    strategy: Literal["soft", "hard", "all"] = option(
-        "soft", "which frames are crucial: those that correct responses focus on; hard: without "
-        "those that incorrect ones focus on; all: those that any response focuses on")
-    threshold: float = option(0.5, "tau: a response with at least this accuracy counts as correct")
-    k1: int = option(15, "K1: tokens that a response's attention to a frame is averaged over")
-    k2: int = option(3, "K2: frames that a response focuses on")
-    k3: int = option(64, "K3: tokens that a response picks for each crucial frame")
-    alpha: float | None = option(None, "alpha: weights are 1 + alpha * D; 0 turns them off")
-    attention_layers: int = option(3, "how many of the last layers' attention is read")
+    strategy: Literal["soft", "hard", "all"] = "soft"   # crucial frames: see `crucial_frames`
+    threshold: float = 0.5          # tau: a response with at least this accuracy counts as correct
+    k1: int = 15                    # K1: tokens that a response's attention to a frame averages
+    k2: int = 3                     # K2: frames that a response focuses on
+    k3: int = 64                    # K3: tokens that a response picks for each crucial frame
+    alpha: float | None = None      # alpha: weights are 1 + alpha * D; 0 turns them off
+    attention_layers: int = 3       # how many of the last layers' attention is read
+
     # objective
-    clip_low: float = option(0.2, "epsilon_low")
-    clip_high: float | None = option(None, "epsilon_high: DAPO's clip-higher")
-    average: Literal["tokens", "responses"] | None = option(
-        None, "mean over the group's tokens, or over responses of each response's token mean")
-    kl_coef: float | None = option(None, "beta: weight of the KL to the frozen start model")
-    gamma: float | None = option(None, "gamma: weight of PAPO's perception loss")
-    eta: float | None = option(None, "eta: weight of PAPO's entropy loss")
+    clip_low: float = 0.2           # epsilon_low
+    clip_high: float | None = None  # epsilon_high: DAPO's clip-higher
+    average: Literal["tokens", "responses"] | None = None   # of the loss: see masked_mean
+    kl_coef: float | None = None    # beta: weight of the KL to the frozen start model
+    gamma: float | None = None      # gamma: weight of PAPO's perception loss
+    eta: float | None = None        # eta: weight of PAPO's entropy loss
+
     # sampling and update
-    group_size: int = option(8, "G: responses per prompt")
-    prompts_per_step: int = option(16, "prompts per training step, over all processes")
-    rollout_groups: int = option(16, "groups that are sampled together on one device")
-    max_new_tokens: int = option(512, "L_max: longest response")
-    max_prompt_tokens: int = option(8192, "longer prompts are dropped and counted, never truncated")
-    temperature: float = option(1.0, "of sampling, and of the probabilities in the loss")
-    updates_per_batch: int = option(1, "optimizer steps on each batch of rollouts")
-    dynamic_sampling: bool = option(False, "DAPO: replace groups whose responses all have "
-                                    "the same accuracy by other prompts")
-    max_resamples: int = option(4, "most extra batches per step for dynamic sampling")
-    overlong_buffer: int = option(0, "L_c: DAPO's penalty on the last L_c tokens before L_max")
-    steps: int = option(0, "training steps; 0: as many as --epochs needs")
-    epochs: float = option(1.0, "passes over the data (NExT-GQA: 2)")
-    learning_rate: float = option(1e-6, "of AdamW, without weight decay")
-    lr_schedule: Literal["constant", "linear"] = option("constant", "linear: decays towards 0 like "
-                                                        "transformers' schedule")
-    warmup_steps: int = option(0, "steps over which the learning rate rises to its value")
-    beta2: float = option(0.999, "second beta of AdamW")
-    max_grad_norm: float = option(1.0, "gradient clipping")
-    gradient_checkpointing: bool = option(True, "recompute activations in the backward pass, for "
-                                          "much less memory")
-    cpu_offload: bool = option(False, "keep trained weights, gradients and moments in host memory")
-    cuda_graph: bool = option(False, "sample tokens by replaying a recorded CUDA graph")
+    group_size: int = 8             # G: responses per prompt
+    prompts_per_step: int = 16      # prompts per training step, over all processes
+    rollout_groups: int = 16        # groups that are sampled together on one device
+    max_new_tokens: int = 512       # L_max: longest response
+    max_prompt_tokens: int = 8192   # longer prompts are dropped and counted, never truncated
+    temperature: float = 1.0        # of sampling, and of the probabilities in the loss
+    updates_per_batch: int = 1      # optimizer steps on each batch of rollouts
+    dynamic_sampling: bool = False  # DAPO: replace groups whose responses all have one accuracy
+    max_resamples: int = 4          # most extra batches per step for dynamic sampling
+    overlong_buffer: int = 0        # L_c: DAPO's penalty on the last L_c tokens before L_max
+    steps: int = 0                  # training steps; 0: as many as --epochs needs
+    epochs: float = 1.0             # passes over the data (NExT-GQA: 2)
+    learning_rate: float = 1e-6     # of AdamW, without weight decay
+    lr_schedule: Literal["constant", "linear"] = "constant"     # linear: decays towards 0
+    warmup_steps: int = 0           # steps over which the learning rate rises to its value
+    beta2: float = 0.999            # second beta of AdamW
+    max_grad_norm: float = 1.0      # gradient clipping
+    gradient_checkpointing: bool = True     # recompute activations, for much less memory
+    cpu_offload: bool = False       # trained weights, gradients and moments lie in host memory
+    cuda_graph: bool = False        # sample tokens by replaying a recorded CUDA graph
+
     # video
-    fps: float = option(1.0, "sampled frames per second")
-    max_frames: int = option(16, "most sampled frames per video (paper: 16 for 7B, 30 for 3B, 100 "
-                             "for grounding)")
-    min_pixels: int = option(50176, "fewest pixels per frame; 50,176 pixels are 64 visual tokens")
-    max_pixels: int = option(50176, "most pixels per frame")
-    readers: int = option(2, "video decoding processes beside each training process")
-    decode_timeout: float = option(60.0, "seconds after which a video counts as unreadable")
+    fps: float = 1.0                # sampled frames per second
+    max_frames: int = 16            # most sampled frames (paper: 16 for 7B, 30: 3B, 100: grounding)
+    min_pixels: int = 50176         # fewest pixels per frame; 50,176 are 64 visual tokens
+    max_pixels: int = 50176         # most pixels per frame
+    readers: int = 2                # video decoding processes beside each training process
+    decode_timeout: float = 60.0    # seconds after which a video counts as unreadable
+
     # bookkeeping
-    eval_data: str | None = option(None, "held-out annotations, scored before and after")
-    eval_every: int = option(0, "also score them every so many steps; 0: never")
-    save_every: int = option(100, "steps between checkpoints to resume from; 0: none")
-    keep: int = option(2, "how many of those checkpoints stay")
-    resume: bool = option(False, "continue from the newest checkpoint in --output")
-    seed: int = option(0, "of the data order, sampling and masks")
-    rollout_seed: int | None = option(None, "of sampling only; default --seed. Two runs that "
-                                         "differ only in it show the noise between runs")
+    eval_data: str | None = None    # held-out annotations, scored before and after
+    eval_every: int = 0             # also score them every so many steps; 0: never
+    save_every: int = 100           # steps between checkpoints to resume from; 0: none
+    keep: int = 2                   # how many of those checkpoints stay
+    resume: bool = False            # continue from the newest checkpoint in --output
+    seed: int = 0                   # of the data order, sampling and masks
+    rollout_seed: int | None = None     # of sampling only, for the noise between runs; default seed
 
     def __post_init__(self):
         for name, value in PRESETS[self.algorithm].items():
@@ -397,7 +391,7 @@ class Group:
     # step 5
     token_weights: Tensor | None = None     # (G, R); None in groups that are not computed, since
                                             # all their advantages are 0 (see plan_passes)
-    # step 6, fixed before the first update
+    # fixed before the first update
     old_log_probs: Tensor | None = None     # (G, R), as are the next two; of the policy's first
                                             # pass, not of the model that sampled
     ref_log_probs: Tensor | None = None     # of the reference, with kl_coef
@@ -438,9 +432,9 @@ class Run:
         self.seconds[phase] += self.last_lap - before
 
 
-# This process's part of a batch, by position in the stream: each sample with the future of its
-# decoded video.
-Batch = dict[int, tuple[data.Sample, Future]]
+# This process's part of a batch: prompts by position in the stream, and records of the samples that
+# cannot be used.
+Batch = tuple[dict[int, data.Prompt], list[dict]]
 
 ORDER, ROLLOUT, MASK, HELD_OUT = range(4)       # what `random_numbers` are for
 
@@ -448,11 +442,9 @@ ORDER, ROLLOUT, MASK, HELD_OUT = range(4)       # what `random_numbers` are for
 def sample_groups(run: Run, prompts: dict[int, data.Prompt],
                   purpose: int = ROLLOUT) -> list[Group]:
     """Step 2. Embed each video once, then sample G responses to each prompt."""
-    s = run.settings
-    groups, positions = [], list(prompts)
-    for start in range(0, len(positions), s.rollout_groups):
-        part = positions[start:start + s.rollout_groups]
-        encoded = model_utils.encode_prompts(run.model, [prompts[position] for position in part])
+    s, groups = run.settings, []
+    for part in data.in_batches(prompts, s.rollout_groups):
+        encoded = model_utils.encode_prompts(run.model, list(part.values()))
         run.lap("embed")
         # One uniform number per token, seeded by the prompt's place in the stream: what is sampled
         # does not depend on how the prompts are batched.
@@ -461,8 +453,7 @@ def sample_groups(run: Run, prompts: dict[int, data.Prompt],
         rollouts = model_utils.rollout(
             run.model, encoded, torch.tensor(np.stack(uniforms)), temperature=s.temperature,
             attention_layers=s.attention_layers if s.alpha else 0, cuda_graph=s.cuda_graph)
-        for position, rollout in zip(part, rollouts):
-            groups.append(Group(position, prompts[position], rollout))
+        groups += map(Group, part.keys(), part.values(), rollouts)
         run.lap("rollout")
     return groups
 
@@ -485,29 +476,46 @@ def score_group(run: Run, group: Group) -> None:
                                        k2=s.k2, threshold=s.threshold, strategy=s.strategy)
 
 
-def groups_of_batch(run: Run, batches: Iterator[Batch]) -> tuple[list[Group], list[dict]]:
-    """Steps 1 to 4 for the next batch: this process's (groups, records of unusable samples)."""
-    batch = next(batches)
-    wait([future for _, future in batch.values()])          # so that waiting is timed by itself
-    run.lap("wait")
-    prompts, unusable = data.build_prompts(batch, run.tokenizer,
-                                           run.settings.max_prompt_tokens)      # step 1
-    run.position += run.settings.prompts_per_step
-    run.lap("prompts")
-    groups = sample_groups(run, prompts)                                        # step 2
-    for group in groups:
-        score_group(run, group)                                                 # steps 3 and 4
-    run.lap("score")
-    return groups, unusable
-
-
 def collect_groups(run: Run, batches: Iterator[Batch]) -> tuple[list[Group], list[dict]]:
-    """Steps 1 to 4: (this process's groups, records of all processes' unusable samples)."""
-    groups, unusable = groups_of_batch(run, batches)
-    if run.settings.dynamic_sampling:
-        groups, more_unusable = resample(run, batches, groups)
-        unusable += more_unusable
-    return groups, sum(model_utils.all_gather(unusable), [])
+    """Steps 1 to 4: (this process's groups, records of all processes' skipped samples).
+
+    DAPO's dynamic sampling, an option, replaces groups whose responses all have the same accuracy
+    by those of further batches. If there are too few of them, the step has fewer groups.
+    """
+    s, groups, skipped = run.settings, [], []
+    most_batches = 1 + s.max_resamples if s.dynamic_sampling else 1
+    for _ in range(most_batches):
+        prompts, skipped_here = next(batches)                                   # step 1
+        run.position += s.prompts_per_step
+        run.lap("wait")
+        new_groups = sample_groups(run, prompts)                                # step 2
+        for group in new_groups:
+            score_group(run, group)                                             # steps 3 and 4
+        run.lap("score")
+        if s.dynamic_sampling:
+            new_groups = [g for g in new_groups if (g.accuracy != g.accuracy[0]).any()]
+        groups += new_groups
+        skipped += model_utils.gather_lists(skipped_here)
+        positions = model_utils.gather_lists([group.position for group in groups])
+        if len(positions) >= s.prompts_per_step:
+            break
+    # Of a surplus, all processes keep the same groups: the first ones of the stream.
+    chosen = sorted(positions)[:s.prompts_per_step]
+    return [group for group in groups if group.position in chosen], skipped
+
+
+def fix_constants(run: Run, group: Group, log_probs: Tensor, logits: Tensor | None) -> None:
+    """Step 5, from the policy's pass before its first update: the old log-probabilities and the
+    token weights, which stay the same in all updates on a group.
+
+    The old log-probabilities are the policy's own. Those of the model that sampled differ by
+    rounding: this is logged (rollout_logprob_gap), not corrected.
+    """
+    run.lap("update")       # the time up to here, so that step 5 is timed by itself
+    group.old_log_probs = log_probs.detach()
+    if group.loss_scale:    # a dummy has no frames
+        group.token_weights = run.weigh(group, logits, run.settings)
+    run.lap("weights")
 
 
 def group_loss(run: Run, group: Group, log_probs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -524,42 +532,20 @@ def group_loss(run: Run, group: Group, log_probs: Tensor) -> tuple[Tensor, dict[
     return loss, {"loss": loss.detach()} | metrics
 
 
-def plan_passes(run: Run, groups: list[Group]) -> tuple[list[Group], int, bool]:
-    """(this process's groups to compute, number of groups of all processes, whether all sampled
-    log-probabilities are finite).
-
-    A group with equal rewards has advantages of 0 and, unless there is a KL or perception term, no
-    gradient: it counts in the mean over groups, but is not computed.
-
-    A pass through a sharded model is a collective call, so every process must make the same number:
-    one with fewer groups adds dummies, whose gradients are 0. At least one pass is made in any
-    case: with gradients of 0 AdamW still takes its step by momentum, without any it would not.
-    """
-    s = run.settings
-    active = [g for g in groups if s.kl_coef or s.masked_video or g.advantages.any()]
-    # nan where weights or activations have overflowed
-    finite = all(g.rollout.log_probs.isfinite().all() for g in groups)
-    of_processes = model_utils.all_gather((len(active), len(groups), finite))
-    numbers_active, numbers_of_groups, all_finite = zip(*of_processes)
-    dummies = [dummy_group(run) for _ in range(max(1, *numbers_active) - len(active))]
-    return active + dummies, sum(numbers_of_groups), all(all_finite)
-
-
 def update(run: Run, groups: list[Group]) -> list[float]:
     """Steps 5 and 6. Optimizer steps on the groups of all processes; returns the gradient norms.
 
     Every update passes over the whole batch, and its objective is the mean over the groups of all
-    processes. The first update's pass also gives the old log-probabilities and the logits for the
-    token weights, so step 5 is done there, without an extra pass.
+    processes. The first update's pass also gives what step 5 needs, without an extra pass.
     """
     s = run.settings
-    computed, total, finite = plan_passes(run, groups)
+    computed, total, finite = plan_passes(run, groups)      # without groups that have no gradient
     if total == 0:              # no sample was usable, or dynamic sampling kept no group
         return []
     if not finite:              # no update
         return [math.nan]
     for group in computed:
-        add_reference_log_probs(run, group)     # baselines only
+        add_baseline_log_probs(run, group)     # baselines only
     norms = []
     for number in range(s.updates_per_batch):
         first = number == 0
@@ -567,22 +553,15 @@ def update(run: Run, groups: list[Group]) -> list[float]:
             log_probs, logits = run.policy(     # both at the temperature of sampling
                 group.rollout.encoded, group.rollout.response_ids, group.rollout.response_mask,
                 keep_logits=first and s.alpha > 0)
-            # The old log-probabilities are the policy's own before its first update. Those of the
-            # model that sampled differ by rounding: this is logged (rollout_logprob_gap), not
-            # corrected.
             if first:
-                run.lap("update")       # the time up to here, so that step 5 is timed by itself
-                group.old_log_probs = log_probs.detach()
-                if group.loss_scale:
-                    group.token_weights = run.weigh(group, logits, s)           # step 5
-                run.lap("weights")
+                fix_constants(run, group, log_probs, logits)                    # step 5
             del logits      # large
             loss, metrics = group_loss(run, group, log_probs)                   # step 6
             # FSDP averages over the processes; what we want is the mean over all groups.
             (loss * group.loss_scale * run.world / total).backward()
             group.updates.append({name: value.item() for name, value in metrics.items()})
         norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), s.max_grad_norm)
-        norms.append(norm.full_tensor().item())     # a DTensor, as all of FSDP2
+        norms.append(norm.full_tensor().item())     # FSDP2 gives a DTensor
         if math.isfinite(norms[-1]):        # the same on all processes
             run.optimizer.step()
         run.optimizer.zero_grad()
@@ -622,69 +601,50 @@ def train(s: Settings, reward: Callable = data.task_reward,
         make_built_in_model(s)      # does nothing if the user gave --model
     dist.barrier()
     steps = s.steps or math.ceil(s.epochs * len(samples) / s.prompts_per_step)
-    # With --resume, the folder's step and position are those of its newest checkpoint.
-    # The number of samples decides about the order of the prompts and the number of steps.
+    # All processes call the folder's methods, and the first one writes. With --resume, its step and
+    # position are those of the newest checkpoint. The number of samples sets the order of prompts.
     settings = asdict(s) | {"samples": len(samples)}
     folder = model_utils.RunFolder(s.output, settings, may_differ=may_differ(s))
-    stream = prompt_stream(s, samples, folder.position, rank, world)
-    with open_reader(s) as reader, model_utils.stop_signals() as stop:
-        batches = data.read_ahead(reader, stream)       # decoding starts before the model is loaded
+    with open_reader(s) as reader, model_utils.stop_signals() as stop_requests:
         model, tokenizer = model_utils.load_model(s.model, device)
         run = set_up(s, model, tokenizer, reward, weigh)
         run.position = folder.position
-        # All processes call the folder's methods, and the first one writes.
-        folder.start_or_resume(run.model, run.policy, run.optimizer)
-        if folder.step == 0:
-            folder.log("held_out", *score_held_out(run, held_out, reader, 0))
+        folder.start_or_resume(model, run.policy, run.optimizer)
+        if held_out and folder.step == 0:
+            folder.log("held_out", score_held_out(run, held_out, reader))
         if rank == 0:
             print(f"training on {world} x {device.type}")
+        stream = prompt_stream(s, samples, folder.position, rank, world)
+        batches = data.read_prompts(reader, stream, tokenizer, s.max_prompt_tokens)
         bar = tqdm(range(folder.step + 1, steps + 1), s.algorithm, steps, initial=folder.step,
                    disable=rank > 0)
         for step in bar:
             rate = set_learning_rate(run, step, steps)
             metrics, groups, skipped = training_step(run, batches)
             folder.step, folder.position = step, run.position
-            folder.log("metrics", {"step": step} | metrics | {"learning_rate": rate})
-            folder.log("skipped", *[{"step": step} | record for record in skipped])
-            folder.log("samples", *describe(groups, run.tokenizer, step))
+            folder.log("metrics", metrics | {"learning_rate": rate})
+            folder.log("skipped", *skipped)
+            folder.log("samples", *describe(groups, tokenizer))
             bar.set_postfix(accuracy=metrics.get("accuracy"), reward=metrics.get("reward"))
-            sample_ids = [group.prompt.sample.id for group in groups]
             # Raises an error after three steps without a finite gradient, or if over 5% of the
             # samples cannot be read.
-            folder.stop_if_failing(metrics["grad_norm"], sample_ids, skipped)
+            folder.stop_if_failing(metrics["grad_norm"], [g.prompt.sample.id for g in groups],
+                                   skipped)
             last = step == steps
-            if last or (s.eval_every and step % s.eval_every == 0):
-                folder.log("held_out", *score_held_out(run, held_out, reader, step))
-            stopping = any(model_utils.all_gather(stop.requested)) and not last
+            if held_out and (last or (s.eval_every and step % s.eval_every == 0)):
+                folder.log("held_out", score_held_out(run, held_out, reader))
+            stopping = any(model_utils.all_gather(bool(stop_requests))) and not last
             if stopping or (s.save_every and step % s.save_every == 0):
-                folder.save(run.model, run.tokenizer, s.model, run.policy, run.optimizer)
+                folder.save(model, run.policy, run.optimizer)
             if stopping:
                 raise RunError(f"stopped after step {step}; continue by the same command with "
                                "--resume")
-    folder.finish(run.model, run.tokenizer, s.model)
+    folder.finish(model)
     if rank == 0:
         print_summary(folder, s)
 
 
 # ------------------------------------------------------------- what options and baselines add
-
-def resample(run: Run, batches: Iterator[Batch],
-             groups: list[Group]) -> tuple[list[Group], list[dict]]:
-    """DAPO's dynamic sampling: groups whose responses all have the same accuracy are replaced by
-    those of further batches. If there are too few of them, the training step has fewer groups."""
-    s, kept, unusable = run.settings, [], []
-    for number in range(s.max_resamples + 1):
-        kept += [group for group in groups if (group.accuracy != group.accuracy[0]).any()]
-        of_processes = model_utils.all_gather([group.position for group in kept])
-        positions = sorted(sum(of_processes, []))           # of the kept groups of all processes
-        if len(positions) >= s.prompts_per_step or number == s.max_resamples:
-            break
-        groups, more_unusable = groups_of_batch(run, batches)
-        unusable += more_unusable
-    # Of a surplus, all processes keep the same groups: the first ones of the stream.
-    chosen = positions[:s.prompts_per_step]
-    return [group for group in kept if group.position in chosen], unusable
-
 
 def overlong_penalty(lengths: Tensor, max_new_tokens: int, buffer: int) -> Tensor:
     """DAPO's soft overlong punishment, to be added to the reward.  lengths (G,) -> float (G,)
@@ -718,15 +678,15 @@ def perception_loss(log_probs: Tensor, masked_log_probs: Tensor, response_mask: 
 
 
 @torch.no_grad()
-def add_reference_log_probs(run: Run, group: Group) -> None:
-    """Before step 6: the log-probabilities that the KL terms of GRPO and PAPO compare with."""
+def add_baseline_log_probs(run: Run, group: Group) -> None:
+    """The log-probabilities that the KL terms of GRPO and PAPO compare with."""
     prompt, rollout = group.prompt, group.rollout
     if run.reference is not None:
         group.ref_log_probs, _ = run.reference(rollout.encoded, rollout.response_ids,
                                                rollout.response_mask)
     if run.settings.masked_video:
         masked = rollout.encoded
-        if prompt is not None:      # a dummy has no video
+        if group.loss_scale:    # a dummy has no video
             # Blackens a random share of the patches, which stand in the order of the grids.
             patches = data.mask_patches(prompt.patches, prompt.video_grids + prompt.image_grids,
                                         random_numbers(run.settings.seed, MASK, group.position))
@@ -753,6 +713,27 @@ def set_up(s: Settings, model, tokenizer, reward: Callable = data.task_reward,
                                   weight_decay=0.0, fused=fused)
     return Run(s, model, tokenizer, policy, reference, optimizer, rank=dist.get_rank(),
                world=dist.get_world_size(), reward=reward, weigh=weigh)
+
+
+def plan_passes(run: Run, groups: list[Group]) -> tuple[list[Group], int, bool]:
+    """(this process's groups to compute, number of groups of all processes, whether all sampled
+    log-probabilities are finite).
+
+    A group with equal rewards has advantages of 0 and, unless there is a KL or perception term, no
+    gradient: it counts in the mean over groups, but is not computed.
+
+    A pass through a sharded model is a collective call, so every process must make the same number:
+    one with fewer groups adds dummies, whose gradients are 0. If no group is active, one dummy
+    still gives gradients of 0: AdamW takes its step by momentum, as if all groups were computed.
+    """
+    s = run.settings
+    active = [g for g in groups if s.kl_coef or s.masked_video or g.advantages.any()]
+    # nan where weights or activations have overflowed
+    finite = all(g.rollout.log_probs.isfinite().all() for g in groups)
+    of_processes = model_utils.all_gather((len(active), len(groups), finite))
+    active_counts, group_counts, all_finite = zip(*of_processes)
+    dummies = [dummy_group(run) for _ in range(max(1, *active_counts) - len(active))]
+    return active + dummies, sum(group_counts), all(all_finite)
 
 
 def dummy_group(run: Run) -> Group:
@@ -792,8 +773,8 @@ def random_numbers(seed: int, purpose: int, position: int) -> np.random.Generato
 
 def prompt_stream(s: Settings, samples: list[data.Sample], start: int, rank: int,
                   world: int) -> Iterator[dict[int, data.Sample]]:
-    """Endless batches by position, this process's share of each; a new order every epoch."""
-    @lru_cache(2)
+    """This process's share of endless batches, by position; reshuffled every epoch."""
+    @lru_cache(2)       # a batch may reach into the next epoch
     def order(epoch: int) -> np.ndarray:
         return random_numbers(s.seed, ORDER, epoch).permutation(len(samples))
 
@@ -814,12 +795,11 @@ def open_reader(s: Settings) -> data.VideoReader:
 
 def may_differ(s: Settings) -> set[str]:
     """Settings that may change when a run is resumed."""
-    names = {"output", "resume", "video_root", "save_every", "keep", "eval_every", "readers",
-             "decode_timeout", "rollout_groups", "gradient_checkpointing", "cpu_offload",
-             "cuda_graph"}
+    names = ("output resume video_root save_every keep eval_every readers decode_timeout "
+             "rollout_groups gradient_checkpointing cpu_offload cuda_graph")
     if s.lr_schedule == "constant":
-        names |= {"steps", "epochs"}
-    return names
+        names += " steps epochs"
+    return set(names.split())
 
 
 def group_metrics(run: Run, group: Group) -> dict[str, float]:
@@ -832,42 +812,38 @@ def group_metrics(run: Run, group: Group) -> dict[str, float]:
         "response_length": mask.sum(1).float().mean(),
         "truncated": 1 - ended.any(1).float().mean(),
         "zero_variance_groups": (group.reward == group.reward[0]).all(),
-        "crucial_frames": group.crucial.sum()}
-    metrics = {name: float(value) for name, value in metrics.items()} | {"loss": 0.0}
-    if not group.updates:
-        return metrics
-    for name in group.updates[0]:
-        metrics[name] = float(np.mean([of_update[name] for of_update in group.updates]))
-    gap = (group.old_log_probs - rollout.log_probs).where(mask, 0.0)    # of policy and model
-    outside = ((gap.exp() - 1).abs() > 0.1).float()         # ratios outside 0.9 to 1.1
-    return metrics | {"token_weight_mean": masked_mean(group.token_weights, mask).item(),
-                      "token_weight_max": group.token_weights.max().item(),
-                      "rollout_logprob_gap": gap.abs().max().item(),
-                      "rollout_logprob_gap_mean": masked_mean(gap.abs(), mask).item(),
-                      "rollout_ratio_outside": masked_mean(outside, mask).item()}
+        "crucial_frames": group.crucial.sum(), "loss": 0.0}
+    if group.updates:
+        gap = (group.old_log_probs - rollout.log_probs).where(mask, 0.0)    # policy against model
+        outside = ((gap.exp() - 1).abs() > 0.1).float()         # ratios outside 0.9 to 1.1
+        metrics |= {"token_weight_mean": masked_mean(group.token_weights, mask),
+                    "token_weight_max": group.token_weights.max(),
+                    "rollout_logprob_gap": gap.abs().max(),
+                    "rollout_logprob_gap_mean": masked_mean(gap.abs(), mask),
+                    "rollout_ratio_outside": masked_mean(outside, mask)}
+        for name in group.updates[0]:
+            metrics[name] = np.mean([of_update[name] for of_update in group.updates])
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def batch_metrics(run: Run, groups: list[Group], seconds: float) -> dict[str, float]:
     """The mean of each metric over the groups that have it; of two metrics, the maximum."""
-    of_processes = model_utils.all_gather([(g.position, group_metrics(run, g)) for g in groups])
+    gathered = model_utils.gather_lists([(g.position, group_metrics(run, g)) for g in groups])
     # In the order of the stream, so that the sums are the same for any number of processes.
-    in_order = sorted(sum(of_processes, []))        # positions are unique
+    in_order = sorted(gathered)     # positions are unique
     columns = defaultdict(list)
     for _, metrics in in_order:
         for name, value in metrics.items():
             columns[name].append(value)
-    # Every record has these, even if no group was computed.
-    result = dict(loss=0.0, approx_kl=0.0, clip_fraction=0.0, rollout_logprob_gap=0.0,
-                  token_weight_mean=1.0, token_weight_max=1.0)
-    for name, values in columns.items():
-        most = name in ("token_weight_max", "rollout_logprob_gap")
-        result[name] = max(values) if most else float(np.mean(values))
+    result = {name: float(np.mean(values)) for name, values in columns.items()}
+    for name in ("token_weight_max", "rollout_logprob_gap"):
+        result[name] = max(columns[name], default=0.0)
     tokens = sum(columns["response_length"]) * run.settings.group_size
     return result | {"groups": len(in_order), "samples_per_second": len(in_order) / seconds,
                      "tokens_per_second": tokens / seconds}
 
 
-def describe(groups: list[Group], tokenizer, step: int) -> list[dict]:
+def describe(groups: list[Group], tokenizer) -> list[dict]:
     """For samples.jsonl: one group with its token weights, if possible one that was computed."""
     if not groups:
         return []
@@ -880,7 +856,7 @@ def describe(groups: list[Group], tokenizer, step: int) -> list[dict]:
             "reward": group.reward[i].item(), "accuracy": group.accuracy[i].item(),
             "format": group.format[i].item(), "advantage": group.advantages[i].item(),
             "weights": group.token_weights[i][real].tolist() if group.updates else None})
-    return [{"step": step, "id": sample.id, "question": sample.question, "answer": sample.answer,
+    return [{"id": sample.id, "question": sample.question, "answer": sample.answer,
              "crucial_frames": group.crucial.nonzero().flatten().tolist(), "responses": responses}]
 
 
@@ -917,24 +893,20 @@ def score_prompts(run: Run, prompts: dict[int, data.Prompt]) -> list[dict[str, f
     return scores
 
 
-def score_held_out(run: Run, samples: list[data.Sample], reader: data.VideoReader,
-                   step: int) -> list[dict]:
-    """A record of means over the held-out samples of all processes; none without samples. Each call
-    uses the same random numbers."""
+def score_held_out(run: Run, samples: list[data.Sample], reader: data.VideoReader) -> dict:
+    """Means over the held-out samples of all processes. Each call uses the same random numbers."""
     s, scores = run.settings, []
     share = dict(list(enumerate(samples))[run.rank::run.world])
-    for prompts, _ in data.read_prompts(reader, share, s.rollout_groups, run.tokenizer,
-                                        s.max_prompt_tokens):
+    batches = data.in_batches(share, s.rollout_groups)
+    for prompts, _ in data.read_prompts(reader, batches, run.tokenizer, s.max_prompt_tokens):
         scores += score_prompts(run, prompts)
-    scores = sum(model_utils.all_gather(scores), [])
-    if not samples:
-        return []
-    record = {"step": step, "samples": len(scores), "skipped": len(samples) - len(scores)}
+    scores = model_utils.gather_lists(scores)
+    record = {"samples": len(scores), "skipped": len(samples) - len(scores)}
     for name in ("accuracy", "top1", "topk"):
         values = [score[name] for score in scores if name in score]
         if values:
             record[name] = float(np.mean(values))
-    return [record]
+    return record
 
 
 def make_built_in_data(s: Settings) -> None:
@@ -970,7 +942,7 @@ def make_built_in_model(s: Settings) -> None:
 
     stages = data.toy_stages(tokenizer, s.seed)
     model = model_utils.warm_up(new_model, stages, measure)
-    model_utils.save_checkpoint(folder, model, tokenizer, source=None)
+    model_utils.save_checkpoint(folder, model, tokenizer)
     # Other tools read the picture settings from this file.
     pictures = data.picture_settings(TINY["min_pixels"], TINY["max_pixels"])
     (folder / "preprocessor_config.json").write_text(json.dumps(pictures, indent=1))
@@ -979,6 +951,13 @@ def make_built_in_model(s: Settings) -> None:
 # -------------------------------------------------------------------------------- the command line
 
 class Parser(HfArgumentParser):
+    """Options named and explained as the fields of Settings and the comments beside them."""
+    comments = dict(re.findall(r"^    (\w+): .*  # (.*)", inspect.getsource(Settings), re.M))
+
+    def add_argument(self, name: str, *more, **options):
+        options.setdefault("help", self.comments.get(name.lstrip("-")))
+        return super().add_argument(name, *more, **options)
+
     def error(self, message: str) -> None:
         line = " ".join(message.split())
         self.exit(2, f"{self.prog}: {model_utils.printable(line)}\n")
@@ -1015,23 +994,24 @@ MAY_BE_ZERO = {"threshold", "alpha", "clip_low", "clip_high", "kl_coef", "gamma"
 
 
 def check_settings(s: Settings) -> None:
+    def check(condition: bool, name: str, fix: str) -> None:
+        if not condition:
+            raise RunError(f"--{name} {getattr(s, name)}: {fix}")
+
     for name, value in asdict(s).items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if type(value) not in (int, float):
             continue
-        if not math.isfinite(value) or value < 0 or (value == 0 and name not in MAY_BE_ZERO):
-            bound = "of at least" if name in MAY_BE_ZERO else "above"
-            raise RunError(f"--{name} {value}: give a number {bound} 0")
-    if s.min_pixels > s.max_pixels:
-        raise RunError(f"--min_pixels {s.min_pixels} is above --max_pixels {s.max_pixels}: lower "
-                       "--min_pixels")
+        if name in MAY_BE_ZERO:
+            check(0 <= value < math.inf, name, "give a number of at least 0")
+        else:
+            check(0 < value < math.inf, name, "give a number above 0")
+    check(s.min_pixels <= s.max_pixels, "min_pixels", f"above --max_pixels {s.max_pixels}; lower "
+          "--min_pixels")
     for name in ("clip_low", "beta2"):
-        if getattr(s, name) >= 1:
-            raise RunError(f"--{name} {getattr(s, name)}: give a number below 1")
-    if s.group_size == 1:
-        raise RunError("--group_size 1: give at least 2; advantages compare a group's responses")
-    if s.overlong_buffer > s.max_new_tokens:
-        raise RunError(f"--overlong_buffer {s.overlong_buffer} is longer than --max_new_tokens "
-                       f"{s.max_new_tokens}: shorten it")
+        check(getattr(s, name) < 1, name, "give a number below 1")
+    check(s.group_size > 1, "group_size", "give at least 2; advantages compare a group's responses")
+    check(s.overlong_buffer <= s.max_new_tokens, "overlong_buffer",
+          f"longer than --max_new_tokens {s.max_new_tokens}; shorten it")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -914,54 +914,39 @@ def build_prompt(sample: Sample, visual: Visual, tokenizer) -> Prompt:
                   frame_of_token=torch.tensor(frame_of_token), num_frames=num_frames)
 
 
-def read_ahead(reader: VideoReader, batches: Iterable[dict[int, Sample]]
-               ) -> Iterator[dict[int, tuple[Sample, Future]]]:
-    """Batches {position: sample} -> {position: (sample, its Visual to come)}.
+def in_batches(by_position: dict, size: int) -> Iterator[dict]:
+    """A dictionary in parts of `size` entries, the last one perhaps smaller."""
+    items = iter(by_position.items())
+    return iter(lambda: dict(islice(items, size)), {})  # until nothing is left
 
-    Each batch is decoded while the caller works on the one before, and the first one from this call
-    on. The position is the caller's name for the sample's place.
+
+def read_prompts(reader: VideoReader, batches: Iterable[dict[int, Sample]], tokenizer,
+                 max_tokens: int) -> Iterator[tuple[dict[int, Prompt], list[dict]]]:
+    """For each batch {position: sample}: (prompts by position, a record of every sample left out).
+
+    A batch is decoded while the caller works on the one before. The position is the caller's name
+    for the sample's place. A sample that cannot be read is `unreadable`; a prompt of more than
+    max_tokens tokens is left out, never cut.
     """
-    submitted = ({position: (sample, reader.submit(sample)) for position, sample in batch.items()}
+    submitted = ([(position, sample, reader.submit(sample)) for position, sample in batch.items()]
                  for batch in batches)
-    first = list(islice(submitted, 1))  # now, not when the caller asks for it
     # pairwise fetches batch k + 1, which submits it, before it hands out (k, k + 1). None comes
     # after the last one.
-    return (batch for batch, _ in pairwise(chain(first, submitted, [None])))
-
-
-def build_prompts(batch: dict[int, tuple[Sample, Future]], tokenizer,
-                  max_tokens: int) -> tuple[dict[int, Prompt], list[dict]]:
-    """(prompts by position, a record of every sample that is left out, with the reason).
-
-    A sample that cannot be read is `unreadable`. A prompt of more than max_tokens tokens is left
-    out, never cut.
-    """
-    prompts = {}
-    skipped = []
-    for position, (sample, future) in batch.items():
-        unreadable = False
-        try:
-            prompt = build_prompt(sample, future.result(), tokenizer)
-            count = len(prompt.input_ids)
-            if count <= max_tokens:
-                prompts[position] = prompt
-                continue
-            reason = f"prompt of {count} tokens, over the limit of {max_tokens}"
-        except VideoError as error:
-            unreadable = True
-            reason = str(error)
-        skipped.append(dict(position=position, id=sample.id, path=sample.video or sample.image,
-                            reason=reason, unreadable=unreadable))
-    return prompts, skipped
-
-
-def read_prompts(reader: VideoReader, samples: dict[int, Sample], size: int, tokenizer,
-                 max_tokens: int) -> Iterator[tuple[dict[int, Prompt], list[dict]]]:
-    """What `build_prompts` returns for {position: sample}, `size` at a time, decoded ahead."""
-    numbered = list(samples.items())
-    batches = [dict(numbered[start:start + size]) for start in range(0, len(numbered), size)]
-    for batch in read_ahead(reader, batches):
-        yield build_prompts(batch, tokenizer, max_tokens)
+    for batch, _ in pairwise(chain(submitted, [None])):
+        prompts, skipped = {}, []
+        for position, sample, visual in batch:
+            try:
+                prompt = build_prompt(sample, visual.result(), tokenizer)
+                count, unreadable = len(prompt.input_ids), False
+                if count <= max_tokens:
+                    prompts[position] = prompt
+                    continue
+                reason = f"prompt of {count} tokens, over the limit of {max_tokens}"
+            except VideoError as error:
+                reason, unreadable = str(error), True
+            skipped.append(dict(position=position, id=sample.id, path=sample.video or sample.image,
+                                reason=reason, unreadable=unreadable))
+        yield prompts, skipped
 
 
 # ------------------------------------------------- rewards, in linear time whatever the response is

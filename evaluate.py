@@ -28,7 +28,7 @@ import threading
 import time
 import zlib
 from collections import Counter, defaultdict
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from multiprocessing import get_context, parent_process
@@ -81,10 +81,10 @@ def read_task(arguments: list[str], benchmark: str | None = None):
 
 def read_prompts(samples: list[data.Sample], tokenizer, s: appo.Settings):
     """Yields (prompts by number of the sample, records of skipped ones), `rollout_groups` each."""
-    batches = math.ceil(len(samples) / s.rollout_groups)
+    batches = list(data.in_batches(dict(enumerate(samples)), s.rollout_groups))
     with appo.open_reader(s) as reader:
-        yield from tqdm(data.read_prompts(reader, dict(enumerate(samples)), s.rollout_groups,
-                                          tokenizer, s.max_prompt_tokens), total=batches)
+        yield from tqdm(data.read_prompts(reader, batches, tokenizer, s.max_prompt_tokens),
+                        total=len(batches))
 
 
 def evaluation_decoding(encoded: list[model_utils.EncodedPrompt], vocabulary: int,
@@ -823,7 +823,7 @@ def group_gradients(run: appo.Run, group: appo.Group, arms: list[tuple]) -> Tens
     log_probs, logits = run.policy(rollout.encoded, rollout.response_ids, rollout.response_mask,
                                    keep_logits=True)
     group.old_log_probs, gradients = log_probs.detach(), []
-    appo.add_reference_log_probs(run, group)
+    appo.add_baseline_log_probs(run, group)
     for s, weigh in arms:
         of_arm = replace(run, settings=s)
         appo.score_group(of_arm, group)                                  # with its crucial frames
@@ -898,14 +898,13 @@ def random_model(folder: str | None):
     return model_utils.prepare_model(model.eval().requires_grad_(False)), tokenizer
 
 
-def noise_batch(prompts: int, sampled_frames: int) -> appo.Batch:
+def noise_prompts(tokenizer, prompts: int, sampled_frames: int) -> dict[int, data.Prompt]:
     """Questions about one video of noise, with 64 visual tokens per frame."""
     sample = data.Sample("", "what happens ?", ["one", "two", "three", "four"], "A", "choice")
     F = math.ceil(sampled_frames / 2)
     patches = torch.randn(F * 256, 1176, generator=torch.Generator().manual_seed(0))
-    visual = Future()
-    visual.set_result(data.Visual(patches, [(F, 16, 16)], [], [2.0], 2.0 * F, sampled_frames))
-    return {position: (sample, visual) for position in range(prompts)}
+    visual = data.Visual(patches, [(F, 16, 16)], [], [2.0], 2.0 * F, sampled_frames)
+    return dict.fromkeys(range(prompts), data.build_prompt(sample, visual, tokenizer))
 
 
 def plain_step(run: appo.Run, group: appo.Group, scale: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -999,14 +998,14 @@ def measure(options, new_tokens: int, columns: list[str], rounds: int) -> dict[s
         settings[column] = appo.Settings.of(
             "appo" if column == PLAIN else column, prompts_per_step=options.prompts,
             group_size=options.group, max_new_tokens=new_tokens, learning_rate=0.0,
-            max_prompt_tokens=1 << 20, cuda_graph=options.cuda_graph,
+            cuda_graph=options.cuda_graph,
             gradient_checkpointing=options.gradient_checkpointing)
     with_reference = max(settings.values(), key=lambda s: s.kl_coef)    # if a column needs one
     # nobody answers noise correctly, so every other response counts as correct
     outcomes = itertools.cycle([(1.0, 1.0, 1.0), (0.0, 0.0, 0.0)])
     set_up = appo.Run if columns == [PLAIN] else appo.set_up     # the plain way needs no policy
     shared = set_up(with_reference, model, tokenizer, reward=lambda *_: next(outcomes))
-    batches = itertools.repeat(noise_batch(options.prompts, options.frames))
+    batches = itertools.repeat((noise_prompts(tokenizer, options.prompts, options.frames), []))
     steps, figures = {}, {column: defaultdict(list) for column in columns}
     for column, s in settings.items():
         run = replace(shared, settings=s, reference=shared.reference if s.kl_coef else None)

@@ -21,7 +21,6 @@ import copy
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import sys
@@ -35,19 +34,19 @@ from typing import Callable, Iterator
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as checkpoints
 import torch.nn.functional as F
 import transformers
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers.utils import cached_file
 
 
-class RunError(RuntimeError):
+class RunError(Exception):
     """An error that the user can fix. The message is one line: what is wrong and how to fix it."""
 
 
@@ -61,8 +60,6 @@ def explained(message: str) -> Iterator[None]:
     """Turns the errors that reading and writing files raise into a RunError of one line."""
     try:
         yield
-    except RunError:
-        raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise RunError(f"{message} ({reason})") from error
@@ -84,11 +81,11 @@ def init_processes() -> tuple[int, int, torch.device]:
         # cuDNN's backward pass of masked attention is reported to give NaN at some lengths
         # (pytorch issue 196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
-    elif torch.version.cuda and Path("/dev/nvidiactl").exists():
-        if os.environ.get("CUDA_VISIBLE_DEVICES") != "":
-            raise RunError(f"torch {torch.__version__} cannot use this machine's GPU; update its "
-                           "driver, install a matching torch, or hide the GPU by "
-                           'CUDA_VISIBLE_DEVICES=""')
+    elif (torch.version.cuda and Path("/dev/nvidiactl").exists()
+          and os.environ.get("CUDA_VISIBLE_DEVICES") != ""):
+        raise RunError(f"torch {torch.__version__} cannot use this machine's GPU; update its "
+                       "driver, install a matching torch, or hide the GPU by "
+                       'CUDA_VISIBLE_DEVICES=""')
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
         dist.init_process_group(backend, **alone)
@@ -100,6 +97,11 @@ def all_gather(thing) -> list:
     things = [None] * dist.get_world_size()
     dist.all_gather_object(things, thing)
     return things
+
+
+def gather_lists(items: list) -> list:
+    """The items of all processes, in the order of the ranks. A collective call."""
+    return sum(all_gather(items), [])
 
 
 def compute_type(device: torch.device) -> torch.dtype:
@@ -114,9 +116,6 @@ def load_model(name: str, device: torch.device):
 
     Raises RunError if it is of another type or lacks files or weights.
     """
-    if not Path(name).is_dir() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-        raise RunError(f"{name}: no such folder; give a folder with config.json, tokenizer and "
-                       "weights, or a hub name")
     with explained(f"{name}: no usable model; give a hub name or a folder with the configuration, "
                    "tokenizer and weights of a qwen2_5_vl model"):
         config = transformers.AutoConfig.from_pretrained(name)
@@ -126,7 +125,7 @@ def load_model(name: str, device: torch.device):
         if not tokenizer.chat_template:
             raise RunError(f"{name}: its tokenizer has no chat template; copy chat_template.jinja "
                            "from Qwen2.5-VL")
-        source_files(name, local_files_only=False)  # fetched now, since checkpoints copy them
+        source_folder(name)     # fetched now, since checkpoints copy it
         model, report = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
             name, dtype=compute_type(device), output_loading_info=True)
     missing = sorted(report["missing_keys"])
@@ -174,8 +173,7 @@ def attend_in_windows(attention, hidden_states, cu_seqlens, position_embeddings,
         starts = cu_seqlens[:-1][lengths == length]                             # (windows,)
         tokens = starts[:, None] + torch.arange(length, device=starts.device)   # (windows, length)
         windows = [x[tokens].transpose(1, 2) for x in (query, key, value)]
-        attended = F.scaled_dot_product_attention(*windows, scale=attention.scaling)
-        output[tokens] = attended.transpose(1, 2)
+        output[tokens] = F.scaled_dot_product_attention(*windows).transpose(1, 2)
     return attention.proj(output.flatten(1))
 
 
@@ -204,24 +202,24 @@ def mrope_positions(input_ids: Tensor, video_grids, image_grids, seconds_per_gri
              config.image_token_id: [(grid, 0.0) for grid in image_grids]}
     spans, position = [], 0
     # A run is text, or one video or image: marks stand between two of these.
-    for token, run in groupby(input_ids.tolist(), lambda i: i if i in grids else None):
+    for left, run in groupby(input_ids.tolist(), grids.get):
         count = len(list(run))
-        if token is None:
+        if left is None:
             span = torch.arange(count).expand(3, -1)
-        elif not grids[token]:
+        elif not left:
             raise ValueError("the prompt has more videos or images than grids")
         else:
-            (t, h, w), seconds = grids[token].pop(0)
+            (t, h, w), seconds = left.pop(0)
             times = (torch.arange(t, dtype=torch.float64) * seconds * tokens_per_second).long()
             rows, columns = torch.arange(h // merge), torch.arange(w // merge)
-            span = torch.stack(torch.meshgrid(times, rows, columns, indexing="ij")).flatten(1)
+            span = torch.cartesian_prod(times, rows, columns).T
         if span.shape[1] != count:
             raise ValueError("the prompt's visual tokens do not match its grids")
         spans.append(position + span)
         position += int(span.max()) + 1
     if any(grids.values()):
         raise ValueError("the prompt has fewer videos or images than grids")
-    return torch.cat(spans, dim=1).to(input_ids.device), position
+    return torch.cat(spans, dim=1), position
 
 
 @dataclass
@@ -236,6 +234,16 @@ class EncodedPrompt:
     num_frames: int             # F
 
 
+def embed_visuals(model, prompts: list) -> Tensor:
+    """(visual tokens, H): the videos and images of all prompts, in one call of the vision tower."""
+    grids = [grid for prompt in prompts for grid in prompt.video_grids + prompt.image_grids]
+    if not grids:
+        return torch.empty(0, device=model.device)
+    patches = torch.cat([prompt.patches for prompt in prompts]).to(model.device, model.dtype)
+    output = model.model.visual(patches, grid_thw=torch.tensor(grids, device=model.device))
+    return output.pooler_output
+
+
 @torch.no_grad()
 def encode_prompts(model, prompts: list) -> list[EncodedPrompt]:
     """Embed the videos and images of all prompts in one call of the vision tower.
@@ -246,13 +254,8 @@ def encode_prompts(model, prompts: list) -> list[EncodedPrompt]:
     device, config = model.device, model.config
     visual_ids = torch.tensor([config.video_token_id, config.image_token_id])
     visual_masks = [torch.isin(prompt.input_ids, visual_ids) for prompt in prompts]
-    grids = [grid for prompt in prompts for grid in prompt.video_grids + prompt.image_grids]
-    embeds = torch.empty(0, device=device)
-    if grids:
-        patches = [prompt.patches for prompt in prompts]
-        embeds = model.model.visual(torch.cat(patches).to(device, model.dtype),
-                                    grid_thw=torch.tensor(grids, device=device)).pooler_output
-    of_prompts = embeds.split([int(mask.sum()) for mask in visual_masks])
+    counts = [int(mask.sum()) for mask in visual_masks]
+    of_prompts = embed_visuals(model, prompts).split(counts)
     encoded = []
     for prompt, visual_mask, visual_embeds in zip(prompts, visual_masks, of_prompts):
         positions, next_position = mrope_positions(
@@ -276,13 +279,13 @@ def frame_pooling(frame_of_token: Tensor, num_frames: int) -> Tensor:
     """frame_of_token (..., P) -> (..., P, F): column f averages over the tokens of frame f."""
     frames = torch.arange(num_frames, device=frame_of_token.device)
     belongs = frame_of_token[..., None] == frames
-    return belongs / belongs.sum(-2, keepdim=True).clamp(min=1)
+    return F.normalize(belongs.float(), p=1, dim=-2)        # 0 for a frame without tokens
 
 
 def end_token_ids(model) -> Tensor:
     """Ids that end a response (Qwen: <|im_end|> and <|endoftext|>)."""
-    one_or_several = model.generation_config.eos_token_id
-    return torch.tensor(one_or_several, device=model.device).flatten()
+    # One id or several.
+    return torch.tensor(model.generation_config.eos_token_id, device=model.device).flatten()
 
 
 def excluded_token_ids(model) -> Tensor:
@@ -299,10 +302,7 @@ def sampling_logits(logits: Tensor, excluded: Tensor, temperature: float) -> Ten
     Rollout and update use the same: divided by the temperature, and -inf for the excluded ids. The
     given logits may be overwritten: they are large, and a copy is worth avoiding.
     """
-    logits = logits.float()
-    if temperature != 1:
-        logits = logits / temperature
-    return logits.index_fill_(-1, excluded, -torch.inf)
+    return logits.float().div_(temperature).index_fill_(-1, excluded, -torch.inf)
 
 
 # -------------------------------------------------------------------------- attention of a group
@@ -310,39 +310,36 @@ def sampling_logits(logits: Tensor, excluded: Tensor, temperature: float) -> Ten
 def hidden_states(language_model, embeds: Tensor, positions: Tensor, attend: Callable) -> Tensor:
     """The last hidden states of the language model, whose layers attend by `attend`.
 
-    embeds (B, L, H), positions (3, B, L); attend(layer, query (B, L, heads, D),
-    key (B, L, kv_heads, D), value, scaling) -> (B, L, heads, D)
+    embeds (B, L, H), positions (3, B, L); attend(layer, query (B, heads, L, D),
+    key (B, kv_heads, L, D), value) -> (B, L, heads, D), with any number of axes: transformers
+    reshapes it
     -> (B, L, H)
     """
-    no_mask = {"full_attention": None}      # transformers builds none, since `attend` masks
-    output = language_model(inputs_embeds=embeds, position_ids=positions, use_cache=False,
-                            attention_mask=no_mask, attend=attend)
-    return output.last_hidden_state
+    return language_model(
+        inputs_embeds=embeds, position_ids=positions, use_cache=False, attend=attend,
+        attention_mask={"full_attention": None},    # so none is built: `attend` masks
+    ).last_hidden_state
 
 
-def group_attention(module, query, key, value, attention_mask, scaling,
-                    attend: Callable | None = None, **kwargs):
+def group_attention(module, query, key, value, attention_mask, attend: Callable | None = None,
+                    **kwargs):
     """An attention function for transformers, which passes unknown keyword arguments of the model
     on to it: `attend` is that of `hidden_states`. Without it, this is transformers' own SDPA."""
     if attend is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
-                                      **kwargs)
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    return attend(module.layer_idx, query, key, value, scaling), None
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return attend(module.layer_idx, query, key, value), None
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """query (B, Q, heads, D), key and value (B, K, kv_heads, D) -> (B, Q, heads, D)
+def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """query (B, heads, Q, D), key and value (B, kv_heads, K, D) -> (B, Q, heads, D)
 
     K >= Q, and the last query sees all keys. On a GPU this is flash attention, whose memory does
     not grow with Q * K.
     """
     from torch.nn.attention.bias import causal_lower_right      # slow to import
-    mask = causal_lower_right(query.shape[1], key.shape[1])
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling,
-                                            enable_gqa=True)
+    mask = causal_lower_right(query.shape[2], key.shape[2])
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
     return output.transpose(1, 2)
 
 
@@ -370,7 +367,7 @@ class PackedGroup:
     `frame_attention`.
     """
 
-    def __init__(self, prompt: EncodedPrompt, response_mask: Tensor, read_layers: range = range(0)):
+    def __init__(self, prompt: EncodedPrompt, response_mask: Tensor, read_layers=()):
         P = len(prompt.input_ids)
         self.prompt, self.prompt_length, self.read_layers = prompt, P, read_layers
         self.response_mask = response_mask                                      # (G, R)
@@ -379,7 +376,7 @@ class PackedGroup:
         # for the first one of a response is the end of the prompt.
         places = P - 1 + torch.arange(len(self.row), device=self.row.device)
         self.query_places = places.where(self.column > 0, P - 1)                # (T,)
-        self.readings: list[Tensor] = []    # frame attention (G, R, F) of each layer that is read
+        self.readings = []      # frame attention (G, R, F) of each layer that is read
 
     def unpack(self, values: Tensor) -> Tensor:
         """Values of the response tokens (T, ...) -> (G, R, ...), 0 in the padding."""
@@ -388,36 +385,37 @@ class PackedGroup:
         return rows
 
     def after_prompt(self, sequence: Tensor) -> Tensor:
-        """(P + T, heads, D) -> the responses, each after the prompt, (G, P + R, heads, D)"""
+        """(P + T, heads, D) -> the responses, each after the prompt, (G, heads, P + R, D)"""
         P, G = self.prompt_length, len(self.response_mask)
         prompts = sequence[:P].expand(G, -1, -1, -1)
-        return torch.cat([prompts, self.unpack(sequence[P:])], dim=1)
+        return torch.cat([prompts, self.unpack(sequence[P:])], dim=1).transpose(1, 2)
 
-    def attend(self, layer, query, key, value, scaling) -> Tensor:
+    def attend(self, layer, query, key, value) -> Tensor:
         """`attend` of `hidden_states`, for one sequence (B = 1) of L = P + T tokens."""
         P = self.prompt_length
-        prompt_output = causal_attention(query[:, :P], key[:, :P], value[:, :P], scaling)
-        keys, values = self.after_prompt(key[0]), self.after_prompt(value[0])
-        output = causal_attention(self.unpack(query[0, P:]), keys, values, scaling)
+        prompt_output = causal_attention(query[:, :, :P], key[:, :, :P], value[:, :, :P])
+        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (L, heads, D)
+        keys, values = self.after_prompt(key), self.after_prompt(value)
+        output = causal_attention(self.unpack(query[P:]).transpose(1, 2), keys, values)
         if layer in self.read_layers:
-            self.read_frames(query[0], keys, scaling)
-        return torch.cat([prompt_output[0], output[self.row, self.column]])[None]
+            self.read_frames(query, keys)
+        return torch.cat([prompt_output[0], output[self.row, self.column]])
 
-    def read_frames(self, query: Tensor, keys: Tensor, scaling: float) -> None:
+    def read_frames(self, query: Tensor, keys: Tensor) -> None:
         """Note a layer's attention to the frames, of the query that predicted each token.
 
-        query (P + T, heads, D), keys (G, P + R, kv_heads, D)
+        query (P + T, heads, D), keys (G, kv_heads, P + R, D)
         """
-        keys = keys.transpose(1, 2)                                             # (G, kv, P + R, D)
         query = self.unpack(query[self.query_places]).transpose(1, 2)           # (G, heads, R, D)
-        query = query.unflatten(1, (keys.shape[1], -1))                         # (G, kv, s, R, D)
-        scores = attention_scores(query.flatten(2, 3), keys).unflatten(2, query.shape[2:4])
-        # The query that predicts response token r stands at P + r - 1.
-        ahead = torch.ones_like(scores[0, 0, 0], dtype=torch.bool).triu(self.prompt_length)
-        weights = (scores * scaling).masked_fill(ahead, -torch.inf).softmax(-1)
-        to_prompt = weights[..., :self.prompt_length].mean((1, 2))              # (G, R, P)
-        pooling = frame_pooling(self.prompt.frame_of_token, self.prompt.num_frames)
-        self.readings.append(to_prompt @ pooling)
+        # The query that predicts response token r stands at P + r - 1: none sees the last key.
+        keys = keys[:, :, :-1]
+        # Attention is an average of values. Where the value of a key says which frame it shows, and
+        # is 0 for a response, the average is the attention to each frame.
+        pooling = frame_pooling(self.prompt.frame_of_token, self.prompt.num_frames)     # (P, F)
+        values = F.pad(pooling, (0, 0, 0, keys.shape[2] - len(pooling)))
+        values = values.expand(*keys.shape[:2], -1, -1)
+        to_frames = causal_attention(query.float(), keys.float(), values)       # (G, R, heads, F)
+        self.readings.append(to_frames.mean(2))
 
 
 class DecodingCache:
@@ -436,25 +434,24 @@ class DecodingCache:
     def __init__(self, language_model, prompts: list[EncodedPrompt], group_size: int,
                  max_new_tokens: int, attention_layers: int):
         attention, num_layers = language_model.layers[0].self_attn, len(language_model.layers)
-        kv_heads, head_dim = language_model.config.num_key_value_heads, attention.head_dim
-        device = prompts[0].input_ids.device
+        kv_heads, head_dim = attention.num_key_value_heads, attention.head_dim
+        zeros = language_model.embed_tokens.weight.new_zeros    # of the model's type and device
         # The last prompt token is the first one to be decoded, as its logits are needed. P is here
         # the length without it, padded, as GPUs like rows of whole 16 bytes.
         lengths = [len(prompt.input_ids) - 1 for prompt in prompts]
         P = math.ceil(max(lengths) / 8) * 8
         N, num_frames = len(prompts), max(prompt.num_frames for prompt in prompts)
         self.read_layers = range(max(num_layers - attention_layers, 0), num_layers)
-        self.t = torch.zeros(1, dtype=torch.long, device=device)    # the decoding position
+        self.t = zeros(1, dtype=torch.long)     # the decoding position
         # The response keys that attention reads, at least t + 1. `rollout` raises the number once
         # per BLOCK, since a CUDA graph needs fixed shapes.
         self.keys_read = max_new_tokens
-        zeros = partial(torch.zeros, dtype=language_model.dtype, device=device)
         self.prompt_kv = zeros(num_layers, 2, N, kv_heads, P, head_dim)
         self.response_kv = zeros(num_layers, 2, N, kv_heads, group_size, max_new_tokens, head_dim)
-        # The keys that are padding or still to come.
-        self.unseen = torch.ones(N, 1, 1, 1, P + max_new_tokens, dtype=torch.bool, device=device)
-        frame_of_token = torch.full((N, P), -1, device=device)
-        self.frame_attention = torch.zeros(N, group_size, max_new_tokens, num_frames, device=device)
+        # The keys that are padding or still to come: at first all.
+        self.unseen = ~zeros(N, 1, 1, 1, P + max_new_tokens, dtype=torch.bool)
+        frame_of_token = zeros(N, P, dtype=torch.long) - 1
+        self.frame_attention = zeros(N, group_size, max_new_tokens, num_frames, dtype=torch.float)
         for number, (prompt, length) in enumerate(zip(prompts, lengths)):
             self.unseen[number, ..., :length] = False
             frame_of_token[number, :length] = prompt.frame_of_token[:-1]
@@ -463,13 +460,13 @@ class DecodingCache:
                           partial(self.prefill, number))
         self.pooling = frame_pooling(frame_of_token, num_frames)                # (N, P, F)
 
-    def prefill(self, number, layer, query, key, value, scaling) -> Tensor:
+    def prefill(self, number, layer, query, key, value) -> Tensor:
         """Attention of prompt `number` to itself; its keys and values are stored."""
-        stored = self.prompt_kv[layer, :, number, :, :key.shape[1]].transpose(1, 2)
-        stored[0], stored[1] = key[0], value[0]         # each (this prompt's tokens - 1, kv, D)
-        return causal_attention(query, key, value, scaling)
+        stored = self.prompt_kv[layer, :, number, :, :key.shape[2]]
+        stored.copy_(torch.cat([key, value]))       # (2, kv, this prompt's tokens - 1, D)
+        return causal_attention(query, key, value)
 
-    def decode(self, layer, query, key, value, scaling) -> Tensor:
+    def decode(self, layer, query, key, value) -> Tensor:
         """Attention of one new token per row, computed eagerly so that its weights can be read."""
         N, kv_heads, G, _, head_dim = self.response_kv[layer, 0].shape
         query, key, value = (x.view(N, G, kv_heads, -1, head_dim).transpose(1, 2)
@@ -482,7 +479,7 @@ class DecodingCache:
         prompt_scores = attention_scores(query.flatten(2, 3), prompt_keys).unflatten(2, (G, -1))
         scores = torch.cat([prompt_scores, attention_scores(query, keys)], dim=-1)
         unseen = self.unseen[..., :P + self.keys_read]
-        weights = (scores.masked_fill(unseen, -torch.inf) * scaling).softmax(-1)
+        weights = (scores.masked_fill(unseen, -torch.inf) * head_dim ** -0.5).softmax(-1)
         # (N, kv, G, s, P) and (N, kv, G, s, keys_read)
         to_prompt, to_response = weights[..., :P], weights[..., P:]
         if layer in self.read_layers:
@@ -492,7 +489,7 @@ class DecodingCache:
                                             alpha=1 / len(self.read_layers))
         prompt_output = to_prompt.to(values.dtype).flatten(2, 3) @ prompt_values
         output = prompt_output.unflatten(2, (G, -1)) + to_response.to(values.dtype) @ values
-        return output.transpose(1, 2).reshape(N * G, 1, -1, head_dim)
+        return output.transpose(1, 2)                                           # (N, G, kv, s, D)
 
 
 # ---------------------------------------------------------------------------------------- rollout
@@ -534,21 +531,19 @@ def rollout(model, prompts: list[EncodedPrompt], uniforms: Tensor, *, temperatur
     cache = DecodingCache(language_model, prompts, G, max_new_tokens, attention_layers)
     t = cache.t
     uniforms = uniforms.to(device).flatten(0, 1)                                # (B, R)
-    log_probs = torch.zeros(uniforms.shape, device=device)                      # (B, R)
-    entropy = torch.zeros_like(log_probs)
+    log_probs, entropy = torch.zeros(2, *uniforms.shape, device=device)         # (B, R) each
     # The tokens that are fed are the last one of the prompt and those of the response.
-    last_ids = torch.stack([prompt.input_ids[-1:] for prompt in prompts])       # (N, 1)
-    ids = last_ids.repeat_interleave(G, dim=0).repeat(1, 1 + max_new_tokens)    # (B, 1 + R)
-    steps = torch.arange(max_new_tokens - 1, device=device).expand(3, -1)
-    positions = [torch.cat([prompt.positions[:, -1:], prompt.next_position + steps], dim=1)
-                 for prompt in prompts]
-    positions = torch.stack(positions, dim=1).repeat_interleave(G, dim=1)       # (3, B, R)
+    ids = torch.cat([prompt.input_ids[-1].expand(G, 1 + max_new_tokens) for prompt in prompts])
+    # A prompt ends with text, so from there on all three rows of positions advance by 1.
+    last = [prompt.next_position - 1 for prompt in prompts for _ in range(G)]
+    last_positions = torch.tensor(last, device=device)[:, None]                 # (B, 1)
 
     def next_token() -> None:
         """Feed the last token of every row and sample the next one. All stays on the device, and
         what outlives the call is written in place: so a CUDA graph can replay it."""
         embeds = language_model.embed_tokens(ids.index_select(1, t))            # (B, 1, H)
-        hidden = hidden_states(language_model, embeds, positions.index_select(2, t), cache.decode)
+        positions = (last_positions + t).expand(3, -1, -1)                      # (3, B, 1)
+        hidden = hidden_states(language_model, embeds, positions, cache.decode)
         logits = sampling_logits(model.lm_head(hidden[:, 0]), excluded, temperature)    # (B, V)
         new_log_probs = logits.log_softmax(-1)
         probs = new_log_probs.exp()
@@ -565,21 +560,21 @@ def rollout(model, prompts: list[EncodedPrompt], uniforms: Tensor, *, temperatur
         t.add_(1)
 
     on_gpu = device.type == "cuda"
-    for count in range(1, max_new_tokens + 1):      # tokens of each response after this pass
-        if count % BLOCK == 1:
+    for count in range(max_new_tokens):     # tokens of each response before this pass
+        if count % BLOCK == 0:
             run = next_token        # the first token of a block runs eagerly
-            cache.keys_read = min(count - 1 + BLOCK, max_new_tokens)
-        elif count % BLOCK == 2 and cuda_graph and on_gpu:
+            cache.keys_read = count + BLOCK     # the last block reads fewer, all there are
+        elif count % BLOCK == 1 and cuda_graph and on_gpu:
             # That was the warm-up, with as many keys. Recording computes nothing; the replays
             # compute this token and the rest of the block.
             run = recorded(next_token)
         run()
         # Asking a GPU makes the host wait for it, so it is not asked after every token.
-        if count % 8 == 0 or not on_gpu:
-            if torch.isin(ids[:, 1:count + 1], ends).any(1).all():
+        if count % 8 == 7 or not on_gpu:
+            if torch.isin(ids[:, 1:count + 2], ends).any(1).all():
                 break
-    is_end = torch.isin(ids[:, 1:count + 1], ends).long()
-    masks = (is_end.cumsum(1) - is_end) == 0    # no end token stands before it
+    is_end = torch.isin(ids[:, 1:], ends)
+    masks = is_end.cumsum(1) <= is_end      # no end token stands before it
     rollouts = []
     for i, prompt in enumerate(prompts):        # cut to the longest response of each group
         rows = slice(i * G, (i + 1) * G)
@@ -592,7 +587,7 @@ def rollout(model, prompts: list[EncodedPrompt], uniforms: Tensor, *, temperatur
     return rollouts
 
 
-def recorded(function: Callable[[], None]) -> Callable[[], None]:
+def recorded(function: Callable) -> Callable:
     """Record the kernels of a function as a CUDA graph: launching them one by one takes longer than
     they run."""
     graph = torch.cuda.CUDAGraph()
@@ -616,7 +611,7 @@ class Policy(nn.Module):
             modules = copy.deepcopy(modules)    # in one call: the two may share a weight
         self.language_model, self.lm_head = modules
         self.temperature = temperature
-        self.register_buffer("excluded", excluded_token_ids(model), persistent=False)
+        self.excluded = excluded_token_ids(model)
         if trainable:
             self.float().requires_grad_(True).train()
 
@@ -657,8 +652,7 @@ class Policy(nn.Module):
     def head(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """hidden (T, H), targets (T,) -> log-probabilities (T,), logits (T, V)"""
         logits = sampling_logits(self.lm_head(hidden), self.excluded, self.temperature)
-        log_probs = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
-        return log_probs, logits
+        return -F.cross_entropy(logits, targets, reduction="none"), logits
 
 
 @torch.no_grad()
@@ -702,9 +696,8 @@ def dummy_rollout(model) -> Rollout:
     for a process that has none of its own while the others compute theirs together."""
     ids = end_token_ids(model)[:1]                                              # (1,)
     zeros = torch.zeros(1, 1, device=model.device)
-    prompt = EncodedPrompt(input_ids=ids, positions=ids.new_zeros(3, 1), next_position=1,
-                           visual_mask=ids < 0, visual_embeds=zeros[:0],
-                           frame_of_token=ids.new_full((1,), -1), num_frames=0)
+    no_frame = torch.full_like(ids, -1)
+    prompt = EncodedPrompt(ids, ids.new_zeros(3, 1), 1, ids < 0, zeros[:0], no_frame, 0)
     return Rollout(prompt, ids[None], zeros == 0, zeros, zeros, zeros.new_zeros(1, 1, 0))
 
 
@@ -726,14 +719,14 @@ def shard(policy: Policy, device: torch.device, cpu_offload: bool = False) -> Po
     lies in host memory, and a layer's weights are on the GPU only while they are needed.
     """
     # Gathered weights stay from the forward to the backward pass, unless memory is short.
-    options = dict(mesh=init_device_mesh(device.type, (dist.get_world_size(),)),
+    options = dict(mesh=dist.init_device_mesh(device.type, (dist.get_world_size(),)),
                    mp_policy=MixedPrecisionPolicy(compute_type(device), torch.float32),
                    reshard_after_forward=cpu_offload)
     if cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
-    for layer in policy.language_model.layers:
-        fully_shard(layer, **options)
-    return fully_shard(policy, **options)
+    for module in (*policy.language_model.layers, policy):
+        fully_shard(module, **options)
+    return policy
 
 
 @torch.no_grad()
@@ -741,10 +734,10 @@ def refresh(model, policy: Policy) -> None:
     """Copy the policy's weights into the rollout model. A collective call."""
     # The two are the same modules in the same order, so their parameters correspond. A weight that
     # the embedding and the head share is one parameter in both, and comes once.
-    targets = nn.ModuleList([model.model.language_model, model.lm_head]).parameters()
+    targets = Policy(model, trainable=False).parameters()
     for target, source in zip(targets, policy.parameters(), strict=True):
         source = source.to(target.device, target.dtype)     # before it is gathered: half the bytes
-        target.copy_(source.full_tensor() if isinstance(source, DTensor) else source)
+        target.copy_(source.full_tensor() if hasattr(source, "full_tensor") else source)
 
 
 # ------------------------------------------------------------------- the run folder, and stopping
@@ -775,7 +768,6 @@ class RunFolder:
         self.position = 0       # prompts taken from the stream
         self.unreadable = 0     # samples that could not be read
         self.not_finite: list[list[str]] = []   # samples of the last steps with a bad gradient
-        self.checkpoint: Path | None = None     # to resume from
         if settings["resume"]:
             self.find_checkpoint(may_differ)
         else:
@@ -786,7 +778,7 @@ class RunFolder:
         for name in ("model", "data", "eval_data", "video_root"):
             for path in map(str.strip, str(self.settings.get(name) or "").split(",")):
                 within = Path(path).resolve().is_relative_to(self.path.resolve())
-                if path and Path(path).exists() and within:
+                if os.path.exists(path) and within:
                     raise RunError(f"--output {self.path} holds --{name} {path}, and the next run "
                                    "would move it aside; give another --output")
 
@@ -801,13 +793,16 @@ class RunFolder:
                                "same settings")
         states = sorted(self.path.glob(COMPLETE))
         if states:
-            self.checkpoint = states[-1].parent
-            state = json.loads(states[-1].read_text())
-            self.step, self.position = state["step"], state["position"]
-            self.unreadable = state["unreadable"]
+            # Its keys are the names of the attributes, as `save` writes them.
+            vars(self).update(json.loads(states[-1].read_text()))
         elif (self.path / "checkpoint").exists():
             raise RunError(f"{self.path}: the run has finished, and has no checkpoint to resume "
                            "from; leave out --resume")
+
+    @property
+    def checkpoint(self) -> Path:
+        """Of this step, to resume from."""
+        return self.path / f"step-{self.step:06d}"
 
     def start_or_resume(self, model, policy, optimizer) -> None:
         """Prepare the folder and load the checkpoint, if there is one; the number of processes may
@@ -820,7 +815,7 @@ class RunFolder:
                 else:
                     self.start()
         dist.barrier()
-        if self.checkpoint is not None:
+        if self.step > 0:
             load_training_state(self.checkpoint / "training", policy, optimizer)
             refresh(model, policy)
 
@@ -841,20 +836,18 @@ class RunFolder:
         """Drop what was logged after the checkpoint, and checkpoints that are not complete."""
         for unfinished in self.path.glob("*.partial"):
             shutil.rmtree(unfinished)
-        for name in ("metrics", "samples", "skipped", "held_out"):
-            log, cut = self.path / f"{name}.jsonl", self.path / f"{name}.cut"
-            if not log.exists():
-                continue
-            before = []     # without a checkpoint drop all, what was logged at step 0, too
-            if self.checkpoint is not None:
-                before = [record for record in read_log(log) if record["step"] <= self.step]
-            cut.write_text("".join(json.dumps(record) + "\n" for record in before))
-            cut.replace(log)
+        last_step = self.step or -1     # without a checkpoint, what was logged at step 0 goes, too
+        for log in self.path.glob("*.jsonl"):
+            shortened = log.with_suffix(".cut")
+            shortened.write_text("".join(json.dumps(record) + "\n" for record in read_log(log)
+                                         if record["step"] <= last_step))
+            shortened.replace(log)
 
     def log(self, name: str, *records: dict) -> None:
         if self.writes:
             with self.writing(), open(self.path / f"{name}.jsonl", "a") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
+                for record in records:
+                    print(json.dumps({"step": self.step} | record), file=file)
 
     def writing(self):
         return explained(f"{self.path}: cannot be written; make room on the disk, or give another "
@@ -872,123 +865,108 @@ class RunFolder:
             raise RunError("the gradient was not finite in 3 steps in a row; look at the samples "
                            f"{self.not_finite}, or lower the learning rate")
 
-    def save(self, model, tokenizer, source: str, policy, optimizer) -> None:
+    def save(self, model, policy, optimizer) -> None:
         """A checkpoint of all that a resumed run needs."""
         state = {"step": self.step, "position": self.position, "unreadable": self.unreadable}
-        save_checkpoint(self.path / f"step-{self.step:06d}", model, tokenizer, source, policy,
-                        optimizer, state)
+        save_checkpoint(self.checkpoint, model, self.settings["model"], policy, optimizer, state)
         if self.writes:
             for old in sorted(self.path.glob("step-??????"))[:-self.settings["keep"]]:
                 shutil.rmtree(old)
         dist.barrier()      # no process ends while another one writes
 
-    def finish(self, model, tokenizer, source: str) -> None:
+    def finish(self, model) -> None:
         """The final checkpoint."""
-        save_checkpoint(self.path / "checkpoint", model, tokenizer, source)
+        save_checkpoint(self.path / "checkpoint", model, self.settings["model"])
         dist.barrier()
 
 
 # All that a Hugging Face folder of Qwen2.5-VL may hold beside the weights.
-SOURCE_FILES = (
+SOURCE_FILES = [
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
     "chat_template.jinja", "chat_template.json", "preprocessor_config.json",
-    "video_preprocessor_config.json", "processor_config.json")
+    "video_preprocessor_config.json", "processor_config.json"]
 
 
-def source_files(source: str, local_files_only: bool) -> list[Path]:
-    """The files of a model beside its weights; those of the hub are fetched into its cache."""
-    paths = [cached_file(source, name, local_files_only=local_files_only,
-                         _raise_exceptions_for_missing_entries=False) for name in SOURCE_FILES]
-    return [Path(path) for path in paths if path is not None]
+def source_folder(source: str, local_files_only: bool = False) -> Path:
+    """The folder of a model's files; all but its weights are fetched from the hub."""
+    if Path(source).is_dir():
+        return Path(source)
+    return Path(snapshot_download(source, allow_patterns=SOURCE_FILES,
+                                  local_files_only=local_files_only))
 
 
 def copy_source_files(source: str, folder: Path) -> None:
-    for name in SOURCE_FILES:       # transformers has rewritten some of them
-        (folder / name).unlink(missing_ok=True)
-    try:
-        files = source_files(source, local_files_only=True)
-    except OSError:     # transformers takes a missing folder for a hub name
-        files = []
-    for file in files:
-        shutil.copyfile(file, folder / file.name)
-    if not (folder / "config.json").exists():
-        raise RunError(f"{source}: its files are gone, and a checkpoint copies them; put them back "
-                       "and continue with --resume")
+    with explained(f"{source}: its files are gone, and a checkpoint copies them; put them back and "
+                   "continue with --resume"):
+        files = source_folder(source, local_files_only=True)
+    for name in SOURCE_FILES:
+        (folder / name).unlink(missing_ok=True)     # transformers has rewritten some of them
+        if (files / name).exists():
+            shutil.copyfile(files / name, folder / name)
 
 
-def save_checkpoint(folder: Path, model, tokenizer, source: str | None, policy=None,
-                    optimizer=None, state: dict | None = None) -> None:
+def save_checkpoint(folder: Path, model, source, policy=None, optimizer=None,
+                    state: dict | None = None) -> None:
     """Write an ordinary Hugging Face folder; with a policy, also what a run resumes from: the
     policy's weights and the optimizer's moments, by all processes together, and the state.
 
-    The files beside the weights are those of the `source` model, unchanged, so whatever loads the
-    source loads the checkpoint. All is written to a sibling folder, which is renamed when complete.
+    source: the name of the model whose files beside the weights are copied unchanged, so whatever
+    loads the source loads the checkpoint; for a new model, its tokenizer. All is written to a
+    sibling folder, which is renamed when complete.
     """
-    import torch.distributed.checkpoint as checkpoints                      # slow to import
-    from torch.distributed.checkpoint.state_dict import get_state_dict
     partial_folder = folder.with_name(f"{folder.name}.partial")
     writes = not dist.is_initialized() or dist.get_rank() == 0
-    try:
+    with explained(f"{folder}: cannot be written; make room on the disk. Checkpoints in step-* are "
+                   "complete, continue from them with --resume"):
         if writes:
             shutil.rmtree(partial_folder, ignore_errors=True)
             model.save_pretrained(partial_folder)
-            if source is None:
-                tokenizer.save_pretrained(partial_folder)
-            else:
+            if isinstance(source, str):
                 copy_source_files(source, partial_folder)
+            else:
+                source.save_pretrained(partial_folder)
         if policy is not None:
             weights, moments = get_state_dict(policy, optimizer)
-            checkpoints.save({"policy": weights, "optimizer": moments},
-                             checkpoint_id=partial_folder / "training")
+            try:
+                checkpoints.save({"policy": weights, "optimizer": moments},
+                                 checkpoint_id=partial_folder / "training")
+            except checkpoints.CheckpointException as error:    # not an Exception
+                raise OSError(str(error)[-200:]) from None      # the cause comes last
         if writes:
             if state is not None:
                 (partial_folder / "state.json").write_text(json.dumps(state))
             shutil.rmtree(folder, ignore_errors=True)
             partial_folder.rename(folder)
-    except (OSError, SafetensorError, checkpoints.CheckpointException) as error:
-        reason = " ".join(str(error).split())[-300:]    # the cause comes last
-        fix = "make room on the disk"
-        if any(folder.parent.glob(COMPLETE)):
-            fix += ". The last complete checkpoint is intact, continue with --resume"
-        raise RunError(f"{folder}: cannot be written ({reason}); {fix}") from error
 
 
 def load_training_state(folder: Path, policy, optimizer) -> None:
-    import torch.distributed.checkpoint as checkpoints
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
     weights, moments = get_state_dict(policy, optimizer)
-    fused = optimizer.param_groups[0]["fused"]
-    checkpoints.load({"policy": weights, "optimizer": moments}, checkpoint_id=folder)
-    moments["param_groups"][0]["fused"] = fused     # of this run, as --cpu_offload may differ
+    # Not the options of the optimizer: they are this run's, as --cpu_offload may differ.
+    checkpoints.load({"policy": weights, "optimizer": {"state": moments["state"]}},
+                     checkpoint_id=folder)
     set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments)
 
 
-class StopRequest:
-    """Whether a signal requested a stop, and since when."""
-    requested, since = False, 0.0
-
-
 @contextmanager
-def stop_signals() -> Iterator[StopRequest]:
+def stop_signals() -> Iterator[list[float]]:
     """Inside, SIGINT, SIGTERM and SIGHUP request a stop after this training step. Another one, more
-    than 5 s later, exits at once: a job manager and torchrun may both send the first one."""
-    stop = StopRequest()
+    than 5 s later, exits at once: a job manager and torchrun may both send the first one. Yields
+    the list of the times at which they came."""
+    times = []
 
     def on_signal(number: int, _) -> None:
-        if not stop.requested:
-            stop.requested, stop.since = True, time.monotonic()
-        elif time.monotonic() > stop.since + 5:
+        times.append(time.monotonic())
+        if times[-1] > times[0] + 5:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in numbers}
-    for number, handler in before.items():
-        if handler != signal.SIG_IGN:       # under nohup a run outlives its terminal
-            signal.signal(number, on_signal)
+    # What is ignored stays so: under nohup a run outlives its terminal.
+    before = {number: signal.signal(number, on_signal)
+              for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+              if signal.getsignal(number) != signal.SIG_IGN}
     try:
-        yield stop
+        yield times
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -1032,7 +1010,7 @@ def tiny_model(texts: list[str], seed: int = 0):
         vocab_size=len(ids), hidden_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, intermediate_size=256, initializer_range=0.06, rms_norm_eps=1e-6,
         max_position_embeddings=4096, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"],
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 6, 6]))
     vision_config = dict(
         depth=2, hidden_size=64, num_heads=2, intermediate_size=128, out_hidden_size=128,
@@ -1046,8 +1024,8 @@ def tiny_model(texts: list[str], seed: int = 0):
         torch.manual_seed(seed)
         model = transformers.Qwen2_5_VLForConditionalGeneration._from_config(config)
     model.generation_config = transformers.GenerationConfig(
-        eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]],
-        pad_token_id=ids["<|endoftext|>"])
+        eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id],
+        pad_token_id=tokenizer.pad_token_id)
     return prepare_model(model.eval()), tokenizer
 
 
@@ -1070,25 +1048,23 @@ def warm_up(new_model: Callable, stages: list, measure: Callable):
     raise RunError("the built-in model did not learn its task; try another --seed")
 
 
-def batches_of(count: int, size: int) -> Iterator[list[int]]:
-    """Endless batches of numbers below `count`, each drawn anew."""
+def batches_of(examples: list, size: int) -> Iterator[list]:
+    """Endless batches of the examples, each drawn anew."""
     generator = torch.Generator().manual_seed(0)
     while True:
-        yield torch.randperm(count, generator=generator)[:size].tolist()
+        numbers = torch.randperm(len(examples), generator=generator)[:size]
+        yield [examples[number] for number in numbers]
 
 
-def align_vision(model, lessons: list, steps: int = 60) -> None:
+def align_vision(model, lessons: list) -> None:
     """The vision tower learns to say what each visual token shows. Without this, the language model
     learns nothing."""
     embed_tokens = model.model.language_model.embed_tokens
     learning = nn.ModuleList([model.model.visual, embed_tokens]).requires_grad_(True)
     optimizer = torch.optim.AdamW(learning.parameters(), lr=2e-3)
-    batches = batches_of(len(lessons), 16)
-    for _ in tqdm(range(steps), desc="warm-up: vision"):
-        batch = [lessons[number] for number in next(batches)]
-        grids = torch.tensor([grid for lesson in batch for grid in lesson.prompt.video_grids])
-        patches = torch.cat([lesson.prompt.patches for lesson in batch])
-        embeds = model.model.visual(patches, grid_thw=grids).pooler_output
+    progress = tqdm(range(60), desc="warm-up: vision")
+    for _, batch in zip(progress, batches_of(lessons, 16)):
+        embeds = embed_visuals(model, [lesson.prompt for lesson in batch])
         # The shape and the colour that each visual token shows, or padding.
         words = torch.cat([lesson.token_words for lesson in batch])     # (visual tokens, 2)
         log_probs = (embeds @ embed_tokens.weight.mT).log_softmax(-1).gather(-1, words)
@@ -1101,19 +1077,15 @@ def align_vision(model, lessons: list, steps: int = 60) -> None:
     model.requires_grad_(False)
 
 
-def learn_answers(model, stage, encoded: list[EncodedPrompt], measure: Callable,
-                  max_steps: int = 240) -> bool:
+def learn_answers(model, stage, encoded: list[EncodedPrompt], measure: Callable) -> bool:
     """The language model learns to answer until the stage is finished; False if it never is."""
-    lessons = stage.lessons
     policy = Policy(model)
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
-    batches = batches_of(len(lessons), 4)
-    for step in tqdm(range(1, max_steps + 1), desc="warm-up: answers"):
+    batches = batches_of(list(zip(stage.lessons, encoded)), 4)
+    for step, batch in zip(tqdm(range(1, 241), desc="warm-up: answers"), batches):
         optimizer.param_groups[0]["lr"] = stage.learning_rate * min(1, step / 20)
-        batch = next(batches)
-        for number in batch:
-            lesson = lessons[number]
-            log_probs, _ = policy(encoded[number], lesson.row_ids, lesson.row_mask)
+        for lesson, prompt in batch:
+            log_probs, _ = policy(prompt, lesson.row_ids, lesson.row_mask)
             (-log_probs[lesson.target_mask].mean() / len(batch)).backward()
         nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()

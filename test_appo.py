@@ -24,7 +24,6 @@ import sys
 import time
 import zlib
 from collections import defaultdict
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -476,16 +475,13 @@ def toy(tmp_path_factory):
     return folder
 
 
-def built_in_batch(tokenizer, positions, questions=48):
-    """Questions of the built-in task and their videos, as data.read_ahead gives them."""
-    batch = {}
+def built_in_prompts(tokenizer, positions, questions=48):
+    """{position: prompt of the built-in task}"""
+    prompts = {}
     for position in positions:
         number = position % questions
-        prompt, _ = data.toy_prompt(np.random.default_rng(number), tokenizer, number % 8)
-        visual = Future()
-        visual.set_result(data.Visual(prompt.patches, prompt.video_grids, [], [2.0], 16.0, 16))
-        batch[position] = prompt.sample, visual
-    return batch
+        prompts[position], _ = data.toy_prompt(np.random.default_rng(number), tokenizer, number % 8)
+    return prompts
 
 
 def settings_of(toy, algorithm="appo", **changes):
@@ -501,7 +497,7 @@ def learn(toy, algorithm="appo", steps=2, questions=48, reward=data.task_reward,
     model, tokenizer = model_utils.load_model(s.model, torch.device("cpu"))
     run = appo.set_up(s, model, tokenizer, reward, weigh)
     size, all_metrics, all_groups = s.prompts_per_step, [], []
-    batches = (built_in_batch(tokenizer, range(start, start + size), questions)
+    batches = ((built_in_prompts(tokenizer, range(start, start + size), questions), [])
                for start in itertools.count(0, size))
     for _ in range(steps):
         metrics, groups, _ = appo.training_step(run, batches)
@@ -594,7 +590,7 @@ def test_gradients_that_are_not_finite_are_not_applied(toy):
     assert torch.equal(weights_of(run), weights_of(before))
 
 
-def test_dynamic_sampling_and_long_prompts(toy):
+def test_dynamic_sampling(toy):
     scores = itertools.cycle([1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 1.0])     # 3 of 4 groups differ
     options = dict(algorithm="dapo", group_size=2, dynamic_sampling=True,
                    reward=lambda text, sample: (1.0, next(scores), 1.0))
@@ -603,9 +599,9 @@ def test_dynamic_sampling_and_long_prompts(toy):
     assert run.position == 16
     _, metrics, _ = learn(toy, max_resamples=0, **options)
     assert [record["groups"] for record in metrics] == [3, 3]
-    _, metrics, _ = learn(toy, max_prompt_tokens=20)
-    assert [record["skipped"] for record in metrics] == [4, 4]
-    assert metrics[1]["groups"] == metrics[1]["grad_norm"] == 0
+    options |= dict(max_resamples=0, reward=lambda *_: (1.0, 1.0, 1.0))
+    _, metrics, _ = learn(toy, steps=1, **options)
+    assert metrics[0]["groups"] == metrics[0]["grad_norm"] == 0     # no group is left
 
 
 def test_the_stream_of_prompts():
@@ -785,25 +781,20 @@ def test_weights_in_host_memory_change_nothing(whole, tmp_path):
     assert_same_run(s, whole)       # the loss and the norm of the gradient, too
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_intact(whole, tmp_path):
+def test_a_full_disk_leaves_the_last_checkpoint_intact(whole, tmp_path):
     """Files may not grow over 1 MB, less than a checkpoint has."""
-    model, tokenizer = model_utils.load_model(whole.model, torch.device("cpu"))
     s = replace(whole, output=str(tmp_path / "run"), steps=5, save_every=1, resume=True)
     shutil.copytree(whole.output, s.output)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
     try:
-        with pytest.raises(model_utils.RunError, match="make room on the disk.*is intact"):
+        with pytest.raises(model_utils.RunError, match="make room on the disk.*continue from them"):
             appo.train(s)
-        with pytest.raises(model_utils.RunError, match="make room on the disk$"):
-            model_utils.save_checkpoint(tmp_path / "first", model, tokenizer, whole.model)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert folders_of(s)[:2] == ["step-000002", "step-000004"]
     appo.train(s, reward=stop_signal)       # a signal in the last step does not make it fail
     assert [record["step"] for record in log_of(s)] == [1, 2, 3, 4, 5]
-    with pytest.raises(model_utils.RunError, match="its files are gone"):
-        model_utils.save_checkpoint(tmp_path / "last", model, tokenizer, str(tmp_path / "gone"))
 
 
 def test_a_run_stops_if_the_gradient_is_never_finite(toy, tmp_path):
@@ -829,7 +820,7 @@ def test_a_run_writes_into_a_folder_of_its_own(tmp_path, monkeypatch):
             model_utils.RunFolder("Qwen", {"resume": False, name: value}, set())
 
 
-def test_a_resumed_run_has_its_own_kind_of_optimizer(tmp_path):
+def test_checkpoints_keep_the_kind_of_optimizer_and_need_their_source(tmp_path):
     """AdamW is fused or not as this run wants it, whatever the run before had."""
     model_utils.init_processes()
     model, tokenizer = model_utils.tiny_model(data.toy_vocabulary())
@@ -837,9 +828,11 @@ def test_a_resumed_run_has_its_own_kind_of_optimizer(tmp_path):
     optimizers = [torch.optim.AdamW(policy.parameters(), fused=fused) for fused in (True, False)]
     for before, now in optimizers, optimizers[::-1]:
         fused = now.param_groups[0]["fused"]
-        model_utils.save_checkpoint(tmp_path / "x", model, tokenizer, None, policy, before, {})
+        model_utils.save_checkpoint(tmp_path / "x", model, tokenizer, policy, before, {})
         model_utils.load_training_state(tmp_path / "x" / "training", policy, now)
         assert now.param_groups[0]["fused"] == fused
+    with pytest.raises(model_utils.RunError, match="its files are gone"):
+        model_utils.save_checkpoint(tmp_path / "y", model, str(tmp_path / "gone"))
 
 
 @pytest.mark.parametrize("arguments", [
@@ -1522,21 +1515,22 @@ def test_batches_are_read_ahead_and_long_or_unreadable_prompts_left_out(tmp_path
             yield {position: good, position + 1: bad}
 
     with data.VideoReader(1, **READING) as reader:
-        ahead = data.read_ahead(reader, batches())
-        assert taken == [7]  # the first batch is being decoded already
-        batch = next(ahead)
+        ahead = data.read_prompts(reader, batches(), WordTokenizer(), 10 ** 6)
+        prompts, (skipped,) = next(ahead)
         assert taken == [7, 3]  # the second batch is under way
-        assert [list(other) for other in ahead] == [[3, 4]]
-        assert list(data.read_ahead(reader, [])) == []
-        prompts, (skipped,) = data.build_prompts(batch, WordTokenizer(), 10 ** 6)
+        assert [list(prompts) for prompts, _ in ahead] == [[3]]
         limit = len(prompts[7].input_ids)
         assert list(prompts) == [7] and prompts[7].sample == good
         assert "neither a file" in skipped.pop("reason")
         assert skipped == dict(position=8, id="a:0", path=bad.video, unreadable=True)
-        assert list(data.build_prompts(batch, WordTokenizer(), limit)[0]) == [7]
-        prompts, (skipped, _) = data.build_prompts(batch, WordTokenizer(), limit - 1)
-        assert prompts == {} and not skipped["unreadable"]
-        assert skipped["reason"].endswith(f"over the limit of {limit - 1}")
+        for limit, count in (limit, 1), (limit - 1, 0):
+            (prompts, skipped), = data.read_prompts(reader, [{7: good}], WordTokenizer(), limit)
+            assert len(prompts) == count
+        assert not skipped[0]["unreadable"]
+        assert skipped[0]["reason"].endswith(f"over the limit of {limit}")
+        assert list(data.read_prompts(reader, [], WordTokenizer(), 1)) == []
+    parts = data.in_batches(dict(enumerate("abcde")), 2)
+    assert list(parts) == [{0: "a", 1: "b"}, {2: "c", 3: "d"}, {4: "e"}]
 
 
 # ---- rewards
@@ -2541,7 +2535,7 @@ def either(text, sample):
 def test_a_graph_replays_what_eager_decoding_computes(gpu, evaluating):
     """Recording finds what a graph cannot hold, replaying what changes its address."""
     model, tokenizer = gpu
-    prompts, _ = data.build_prompts(built_in_batch(tokenizer, range(3)), tokenizer, 1000)
+    prompts = built_in_prompts(tokenizer, range(3))
     encoded = model_utils.encode_prompts(model, list(prompts.values()))
     vocabulary = model.config.text_config.vocab_size
     choose = evaluate.evaluation_decoding(encoded, vocabulary) if evaluating else None
@@ -2563,7 +2557,8 @@ def test_a_training_step_on_a_gpu(gpu, algorithm):
     s = appo.Settings.of(algorithm, **appo.TINY | options)
     run = appo.set_up(s, model, tokenizer, reward=either)
     before = model.lm_head.weight.clone()
-    metrics, groups, _ = appo.training_step(run, iter([built_in_batch(tokenizer, range(2))]))
+    prompts = built_in_prompts(tokenizer, range(2))
+    metrics, groups, _ = appo.training_step(run, iter([(prompts, [])]))
     assert 0 < metrics["grad_norm"] < 100 and metrics["rollout_logprob_gap"] < 0.1
     assert PretendGraph.recorded > 0 and not torch.equal(model.lm_head.weight, before)
     for rollout in [group.rollout for group in groups]:
@@ -2590,7 +2585,7 @@ def sharded_step():
     s = appo.Settings.of("appo", **appo.TINY | dict(prompts_per_step=2, max_new_tokens=6))
     run = appo.set_up(s, model.requires_grad_(False), tokenizer, reward=either)
     before = weights_of(run)
-    metrics, *_ = appo.training_step(run, iter([built_in_batch(tokenizer, [rank])]))
+    metrics, *_ = appo.training_step(run, iter([(built_in_prompts(tokenizer, [rank]), [])]))
     assert 0 < metrics["grad_norm"] < 100 and metrics["rollout_logprob_gap"] < 0.1
     assert not torch.equal(weights_of(run), before)
     results = metrics["grad_norm"], zlib.crc32(weights_of(run).numpy())
