@@ -200,14 +200,16 @@ def test_random_token_weights(seed):
     mask = random_mask(seed)
     attention, crucial = padded(mask, 3), torch.rand(3) < 0.7
     # nearly equal, ordinary, with probabilities below the least number of fp32, and one-hot
-    logits = padded(mask, 20) * [0.02, 1, 30, 1000][seed % 4]
-    logits[..., 1:][torch.rand(*mask.shape, 19) < 0.3] = -INF
-    logits = logits.to([torch.float32, torch.bfloat16][seed // 4 % 2]).requires_grad_()
+    scale = [0.02, 1, 40, 1000][seed // 8 % 4]
+    logits = padded(mask, 20) * scale
+    if scale >= 1:
+        logits[..., 1:][torch.rand(*mask.shape, 19) < 0.3] = -INF
+    logits = logits.to([torch.float32, torch.bfloat16][seed % 2]).requires_grad_()
     k3 = 1 + seed % 23
     weights = appo.perception_token_weights(attention, logits, mask, crucial, k3=k3, alpha=0.7)
     expected = oracle_weights(attention, logits, mask.sum(1), crucial, k3, 0.7)
     assert not weights.requires_grad
-    assert_close(weights, expected, rtol=0, atol=1e-4)
+    assert_close(weights, expected, rtol=0, atol=5e-4)
     assert torch.equal(weights == 1, expected == 1)     # exactly, where nothing differs
 
 
@@ -254,7 +256,7 @@ def test_random_losses(seed, average):
     new, old, other = [padded(mask) * [0.1, 1, 15][seed % 3] for _ in range(3)]
     weights, advantages = 1 + padded(mask).abs(), torch.randn(len(mask)).double()
     new.requires_grad_()
-    loss, _ = appo.clipped_surrogate_loss(
+    loss, metrics = appo.clipped_surrogate_loss(
         new, old, advantages, mask, token_weights=weights, clip_low=0.1, clip_high=0.2,
         ref_log_probs=other, kl_coef=0.4, average=average)
     more, _ = appo.perception_loss(new, other, mask, gamma=0.3, eta=0.2, average=average)
@@ -269,6 +271,7 @@ def test_random_losses(seed, average):
         responses = terms.split(mask.sum(1).tolist())
         expected = sum(x.mean() for x in responses if len(x)) / len(responses)
     assert_close(loss + more, expected)
+    assert_close(metrics["clip_fraction"], (clipped != ratio).double().mean())
     assert_close(*[torch.autograd.grad(total, new)[0] for total in (loss + more, expected)])
 
 
