@@ -2417,8 +2417,6 @@ def test_decord2_reads_the_same_frames():
 CUDA = torch.device("cuda", 0)
 # For these, and to index by a bool tensor, the host waits for a GPU, so a graph cannot hold them.
 WAITS = ["item", "tolist", "nonzero", "unique", "equal", "masked_select", "__bool__", "__int__"]
-# Indices may come from the host, and modules are moved by the last one.
-MAY_MIX = ["__getitem__", "__setitem__", "_has_compatible_shallow_copy_type"]
 
 
 class GPUTensor(Tensor):
@@ -2451,9 +2449,14 @@ class PretendGPU(TorchFunctionMode):
         name, options, moves = function.__name__, dict(options or {}), False
         inputs = tensors_of((arguments, options))
         on_gpu = any(type(x) is GPUTensor for x in inputs)
+        indexing, recording = name in ("__getitem__", "__setitem__"), PretendGraph.recording
         mixed = on_gpu and any(type(x) is not GPUTensor and x.dim() > 0 for x in inputs)
-        if mixed and (PretendGraph.recording or name not in MAY_MIX):
+        if indexing and type(arguments[0]) is GPUTensor and not recording:
+            mixed = False       # indices may come from the host
+        if mixed and name != "_has_compatible_shallow_copy_type":       # which moves a module
             raise RuntimeError(f"{name}: all tensors must be on the same device")
+        if name == "cpu":
+            name, function, arguments = "to", Tensor.to, (*arguments, "cpu")
         if name == "to":
             x = arguments[0]
             device, dtype, *_ = torch._C._nn._parse_to(*arguments[1:], **options)
@@ -2465,17 +2468,16 @@ class PretendGPU(TorchFunctionMode):
             on_gpu, moves = True, name in ("tensor", "as_tensor")
         if options.pop("out_dtype", None):
             function = bmm_in_fp32
-        by_mask = name in ("__getitem__", "__setitem__") and any(
-            x.dtype == torch.bool for x in tensors_of(arguments[1]))
-        if PretendGraph.recording and (moves or by_mask or name in WAITS):
+        by_mask = indexing and any(x.dtype == torch.bool for x in tensors_of(arguments[1]))
+        if recording and (moves or by_mask or name in WAITS):
             raise RuntimeError(f"{name}: not permitted while a graph is recorded")
         call = partial(function, *arguments, **options)
         result = call()
-        if on_gpu and name != "cpu":
+        if on_gpu:
             result = tree_map_only(
                 Tensor, lambda x: x if type(x) is GPUTensor else x.as_subclass(GPUTensor), result)
-        if PretendGraph.recording:
-            PretendGraph.recording.calls.append((call, result))
+        if recording:
+            recording.calls.append((call, result))
         return result
 
 
