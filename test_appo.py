@@ -1078,18 +1078,20 @@ def touch(folder, *names):
 
 
 @pytest.mark.parametrize("case, expected", rows("""
-    R1 x {} -> {"options": ["one", "two"], "answer": "B", "kind": "choice", "duration": 3.0}
+    R1 x {} -> {"options": ["one", "two"], "answer": "B", "kind": "choice", "duration": null}
     R1 x {} -> {"group": "multiple choice", "video": "a.avi", "image": null, "missing": []}
     R1 x {} -> {"question": "What?", "overall": "questions", "bounds": null, "spans": []}
     R1 x {"problem_type": "numerical", "solution": "<answer>1,200.5</answer>"} -> {"kind": "number"}
     R1 x {"problem_type": "numerical", "solution": "<answer>7.5</answer>"} -> {"answer": "7.5"}
     R1 x {"problem_type": "regression", "solution": "7%"} -> {"answer": "7%", "options": []}
-    R1 x {"data_type": "image", "duration": null} -> {"image": "a.avi", "video": null}
-    R1 x {"solution": "two", "duration": null} -> {"answer": "B", "duration": null}
+    R1 x {"data_type": "image"} -> {"image": "a.avi", "video": null}
+    R1 x {"solution": "two"} -> {"answer": "B"}
+    R1 x {"problem": " a\\ud800b "} -> {"question": "ab"}
     R1 x {"data_source": "STAR", "crucial_frame": 3} -> {"group": "STAR", "crucial_frame": 3}
     R1 x {"options": ["A) x", "(B) y"]} -> {"options": ["x", "y"]}
     R1 x {"options": ["A. x", "y"]} -> {"options": ["A. x", "y"]}
     R1 x {"options": ["B. x", "A. y"]} -> {"options": ["B. x", "A. y"]}
+    R1 x {"options": ["A", "B"]} -> {"options": ["A", "B"]}
     GQA x {} -> {"answer": "D", "kind": "grounding", "group": "TC", "video": "a.avi"}
     GQA x {} -> {"spans": [[8.7, 10.3], [0.0, 1.0]], "duration": 10.0, "question": "when"}
     GQA x {"answer": 3} -> {"answer": "D"}
@@ -1102,7 +1104,7 @@ def touch(folder, *names):
     PERCEPTION mc {"answer_id": "1"} -> {"answer": "B"}
     NEXT_QA val {} -> {"answer": "D", "group": "CH", "video": "p/41.mp4"}
     MVBENCH action_count {} -> {"answer": "B", "video": "video/perception/videos/v.mp4"}
-    MVBENCH moving_count_1 {"answer": "A"} -> {"answer": "C", "group": "moving_count"}
+    MVBENCH moving_count {"answer": "A"} -> {"answer": "C", "group": "moving_count"}
     MVBENCH moving_count {} -> {"video": "video/clevrer/video_validation/v.mp4", "bounds": null}
     MVBENCH episodic_reasoning {"video": "s1"} -> {"video": "video/tvqa/frames_fps3_hq/s1"}
     MVBENCH x {"start": 1.5, "end": 8, "task": "moving_count"} -> {"bounds": [1.5, 8.0]}
@@ -1139,15 +1141,14 @@ def test_records_that_no_rule_scores_are_left_out(tmp_path, caplog):
 @pytest.mark.parametrize("names, values", rows("""
     R1 solution -> [null, "E", 7, "<answer>A</answer><answer>B</answer>"]
     R1 options -> [null, ["A. one"], "A", ["A. x", 3]]
-    R1 path -> [null, ["a"], "../a.avi", "a/..", "/../a"]
+    R1 path -> [null, ["a"]]
     R1 data_type -> ["audio", null]
     R1 problem -> ["", {}, "\\ud800"]
     R1 problem_type -> ["song", null]
-    R1 duration -> ["3", NaN, 1e999, true]
     R1 crucial_frame -> ["x", true, -1, 2.5]
     GQA answer -> ["5", null, "E. x"]
     GQA time_clues -> [[], [[1]], [[1, null]], [[5, 1]], 3, [[1, 1e999]], ["12"]]
-    GQA duration -> [null, 0, -3]
+    GQA duration -> [null, 0, -3, NaN, 1e999, true, "x"]
     SEED negative_answers -> [["a", "b", "Toss."], null]
     SEED task_progress_metadata -> [null]
     GOLDEN choice_c -> [null]
@@ -1156,15 +1157,14 @@ def test_records_that_no_rule_scores_are_left_out(tmp_path, caplog):
     NEXT_QA a4 -> [null, ""]
     NEXT_QA answer -> [5]
     MVBENCH answer -> ["z", null]
-    MVBENCH start -> ["1"]
+    MVBENCH start -> ["x", 1e999, true]
     VSI ground_truth -> ["many"]
-    VSI dataset -> [null, "d/.."]"""))
+    VSI dataset -> [null]"""))
 def test_fields_that_cannot_be_used_are_named_in_one_line(tmp_path, names, values):
     format_name, name = names.split()
     record = RECORDS[format_name]
     for value in values:
-        word = "'..'" if ".." in str(value) else repr(name)
-        with data_error("x.json", "record 1", word):
+        with data_error("record x.json:1", repr(name)):
             load(tmp_path, record, record | {name: value}, root=tmp_path)
     with data_error("27 options"):
         load(tmp_path, R1 | {"options": ["a"] * 27})
@@ -1241,12 +1241,13 @@ def test_paths_are_looked_up_as_written_then_by_tail_then_by_name(tmp_path, capl
         /gone/er/ -> "deep/er"
         /gone/twin.avi -> null
         /gone/outside.avi -> null
+        ../outside.avi -> null
         link.avi -> "link.avi\""""))
     samples = load(tmp_path, *[R1 | {"path": path} for path in places], root=root)
     for sample, (path, place) in zip(samples, places.items(), strict=True):
         assert sample.video == (place and str(root / place))
         assert sample.missing == ([] if place else [path])
-    assert re.search("4 files were found by their name only.*v.avi' for '/x/y/v.avi'",
+    assert re.search("3 files were found by their name only.*v.avi' for '/x/y/v.avi'",
                      caplog.text)
     touch(root, "clevrer/video_validation/w.mp4")
     tasks = [tmp_path / "moving_count.json", tmp_path / "object_shuffle.json"]
@@ -1336,21 +1337,27 @@ def test_frames_and_time_rule(video, expected):
         data.frame_indices(100, 10, 1, 16, (50, 60))
 
 
-def clip(path, shape=(6, 3, 30, 41), fps=2):
-    frames = torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
-    data.write_y4m(path, frames, fps)
-    return frames
+def noise(*shape):
+    numbers = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    return torch.from_numpy(numbers)
+
+
+def clip(path, shape=(6, 3, 30, 41)):
+    data.write_y4m(path, noise(*shape), 2)
+    return noise(*shape)
+
+
+def frames_of(path, *limits):
+    frames, duration = data.sample_frames(str(path), *limits)
+    return torch.stack(list(frames)).int(), duration
 
 
 def test_y4m_round_trip(tmp_path):
     for width in (41, 42):
         frames = clip(tmp_path / "a.y4m", (8, 3, 30, width))
-        read, seconds, duration = data.sample_frames(str(tmp_path / "a.y4m"), 100, 100)
-        assert read.shape == frames.shape and (seconds, duration) == (1.0, 4.0)
-        assert (read.int() - frames.int()).abs().max() <= 2
-    clip(tmp_path / "b.y4m", fps=29.97)
-    assert data.sample_frames(str(tmp_path / "b.y4m"), 1, 16)[2] == pytest.approx(6 / 29.97)
-    assert sorted(os.listdir(tmp_path)) == ["a.y4m", "b.y4m"]  # no unfinished file is left
+        read, duration = frames_of(tmp_path / "a.y4m", 100, 100)
+        assert duration == 4.0 and (read - frames.int()).abs().max() <= 2
+    assert os.listdir(tmp_path) == ["a.y4m"]    # no unfinished file is left
 
 
 def test_folder_of_pictures(tmp_path):
@@ -1358,8 +1365,8 @@ def test_folder_of_pictures(tmp_path):
     for i in range(12):
         Image.new("RGB", (20, 10), (i * 20, 0, 0)).save(tmp_path / f"{i}.png")
     touch(tmp_path, "notes.txt", "._3.png")                 # the second as macOS makes them
-    frames, seconds, duration = data.sample_frames(str(tmp_path), 1, 16)
-    assert frames.shape == (4, 3, 10, 20) and (seconds, duration) == (2.0, 4.0)
+    frames, duration = frames_of(tmp_path, 1, 16)
+    assert frames.shape == (4, 3, 10, 20) and duration == 4.0
     assert (frames[:, 0, 0, 0] // 20).tolist() == [0, 4, 7, 11]
     Image.new("RGBA", (2, 2), (0, 0, 0, 0)).save(tmp_path / "0.png")        # transparent black
     assert (data.read_picture(str(tmp_path / "0.png")) == 255).all()
@@ -1370,27 +1377,24 @@ def test_folder_of_pictures(tmp_path):
     ("mma_test.avi", 6, 164 / 25), ("frog.webm", 8, 248 / 30), ("pancake_h264.mkv", 10, 31 / 3)])
 def test_sampled_frames_are_those_of_a_decoder_that_reads_on(name, n, duration):
     path = str(SHARED / "videos" / name)
-    frames, seconds, covered = data.sample_frames(path, 1, 16)
-    assert (len(frames), covered, seconds) == pytest.approx((n, duration, 2 * duration / n))
+    frames, covered = frames_of(path, 1, 16)
+    assert (len(frames), covered) == pytest.approx((n, duration))
     video = data.decord.VideoReader(path, num_threads=1)
-    decoded = [video.next().asnumpy() for _ in range(len(video))]
+    decoded = [torch.from_numpy(video.next().asnumpy()) for _ in range(len(video))]
     for i, frame in enumerate(frames):
         expected = decoded[round(i * (len(decoded) - 1) / (n - 1))]
-        assert np.array_equal(frame.permute(1, 2, 0), expected)
+        assert torch.equal(frame.permute(1, 2, 0), expected.int())
 
 
 def test_formats_without_times_are_read_without_seeking(tmp_path, monkeypatch):
     """The decoder is told what a file is by its content, and we by its name."""
-    rng = np.random.default_rng(0)
-    frames = torch.from_numpy(rng.integers(0, 256, (9, 3, 64, 64), dtype=np.uint8))
-    for name, number in (("a.avi", 9), ("one.avi", 1), ("a.ts", 9)):
-        data.write_y4m(tmp_path / name, frames[:number], 1)
     monkeypatch.delattr(data.decord.VideoReader, "seek_accurate")
-    for name, expected in (("a.avi", [0, 3, 5, 8]), ("one.avi", [0, 0])):
-        read, *_ = data.sample_frames(str(tmp_path / name), 1, 4)
-        assert (read.int() - frames[expected].int()).abs().max() <= 2
+    for name, expected in (("a.AVI", [0, 3, 5, 8]), ("one.mpeg", [0, 0]), ("b.wmv", [0, 3, 5, 8])):
+        frames = clip(tmp_path / name, (expected[-1] + 1, 3, 64, 64))
+        read, _ = frames_of(tmp_path / name, 0.1, 4)
+        assert (read - frames[expected].int()).abs().max() <= 2
     with pytest.raises(ValueError, match="convert it"):
-        data.sample_frames(str(tmp_path / "a.ts"), 1, 4)
+        data.sample_frames("a.TS", 1, 4)
 
 
 # ---- patches
@@ -1410,7 +1414,7 @@ def slow_patches(frames):
 
 @pytest.mark.parametrize("shape", [(1, 3, 28, 28), (2, 3, 28, 56), (3, 3, 56, 84)])
 def test_patches_equal_the_slow_oracle_and_have_an_inverse(shape):
-    frames = torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+    frames = noise(*shape)
     patches, grid = data.frames_to_patches(frames, 784, 10 ** 6)
     expected, expected_grid = slow_patches(frames)
     assert grid == expected_grid and patches.dtype == torch.float32
@@ -1435,11 +1439,9 @@ def test_patches_equal_transformers():
     module = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
     from PIL import Image
     processor = module.Qwen2VLImageProcessorPil(size=dict(shortest_edge=3136, longest_edge=50176))
-    blocks = np.random.default_rng(0).integers(0, 256, (24, 42, 3))
-    smooth = np.kron(blocks, np.ones((10, 10, 1))).astype(np.uint8)
-    expected = processor(Image.fromarray(smooth), return_tensors="pt")
-    frames = torch.from_numpy(smooth).permute(2, 0, 1)[None]
-    patches, grid = data.frames_to_patches(frames, 3136, 50176)
+    smooth = noise(24, 42, 3).repeat_interleave(10, 0).repeat_interleave(10, 1)
+    expected = processor(Image.fromarray(smooth.numpy()), return_tensors="pt")
+    patches, grid = data.frames_to_patches(smooth.permute(2, 0, 1)[None], 3136, 50176)
     difference = (patches - expected["pixel_values"]).abs()
     assert list(grid) == expected["image_grid_thw"][0].tolist()
     # Pillow rounds between its two passes.
@@ -1473,75 +1475,73 @@ def is_running(process):
     return stat.exists() and ") Z " not in stat.read_text()
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in /proc")
-def test_a_fault_costs_one_sample(tmp_path):
-    def video(name, **more):
-        return replace(CHOICE, video=str(tmp_path / name), **more)
+needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks into /proc")
 
-    def picture(name):
-        return replace(CHOICE, image=str(tmp_path / name))
 
+@needs_proc
+def test_a_fault_costs_one_sample(tmp_path, monkeypatch):
     def read(sample):
         return reader.submit(sample).result(60)
 
-    def submit_hanging():
+    def begin_hanging():
         future = reader.submit(hanging)
         time.sleep(0.3)
         return future
 
+    def send_stop_signals():
+        for number in STOP_SIGNALS:     # are the parent's to answer
+            os.kill(children(os.getpid())[0], number)
+
     clip(tmp_path / "good.avi")
-    (tmp_path / "empty.avi").touch()
     (tmp_path / "cut.avi").write_bytes((tmp_path / "good.avi").read_bytes()[:100])
     (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(50))
-    (tmp_path / "folder").mkdir()
+    touch(tmp_path, "empty.avi", "folder/notes.txt")
     os.mkfifo(tmp_path / "pipe.avi")
-    good, hanging = video("good.avi"), picture("pipe.avi")
-    faults = [video("empty.avi"), video("cut.avi"), video("folder"), video("pipe.avi"),
-              picture("bad.png"), replace(CHOICE, missing=["x\ny.avi"]),
-              video("good.avi", bounds=(100.0, 200.0))]
+    good, hanging, *faults = [replace(CHOICE, video=str(tmp_path / name)) for name in (
+        "good.avi", "pipe.avi", "empty.avi", "cut.avi", "folder", "none.avi")]
+    faults += [replace(CHOICE, missing=["x\ny.avi"]), replace(good, bounds=(100.0, 200.0)),
+               replace(good, image=str(tmp_path / "bad.png"))]
     with data.VideoReader(1, timeout=2, **READING) as reader:
         visual, expected = vars(read(good)), vars(data.read_visual(good, **READING))
         assert torch.equal(visual.pop("patches"), expected.pop("patches")) and visual == expected
-        process, = children(os.getpid())
+        process = children(os.getpid())
         for sample in faults:
             with pytest.raises(VideoError, match=r"\A.+(cannot be read \(|not found).*\Z"):
                 read(sample)
-        for number in STOP_SIGNALS:     # are the parent's to answer
-            os.kill(process, number)
+        send_stop_signals()
         read(good)
-        assert children(os.getpid()) == [process]
+        assert children(os.getpid()) == process and len(process) == 1
         with pytest.raises(VideoError, match="pipe.avi.*not decoded within 2 s"):
             read(hanging)
-        assert not is_running(process)
+        assert not is_running(*process)
         read(good)
-        future = submit_hanging()
-        os.kill(children(os.getpid())[0], signal.SIGKILL)
+        future = begin_hanging()
+        os.kill(*children(os.getpid()), signal.SIGKILL)
         with pytest.raises(VideoError, match="pipe.avi.*process died"):
             future.result(60)
         future = reader.submit(good)
         while not children(os.getpid()):
             time.sleep(0.01)
-        for number in STOP_SIGNALS:     # before it has even started
-            os.kill(children(os.getpid())[0], number)
+        send_stop_signals()             # before it has even started
         future.result(60)
-        future = submit_hanging()
-        begin = time.monotonic()
+        future, begin = begin_hanging(), time.monotonic()
     assert time.monotonic() - begin < 1.2 and isinstance(future.exception(), VideoError)
     assert children(os.getpid()) == []
     with pytest.raises(RuntimeError):
         reader.submit(good)
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with data.VideoReader(1, **READING) as reader, data_error("did not start", "status 1"):
+        read(good)
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in /proc")
+@needs_proc
 def test_a_hanging_decoder_ends_soon_after_its_parent(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     script = (f"import data, time; reader = data.VideoReader(1, timeout=0.5, **{READING})\n"
               "def read(name): return reader.submit(data.Sample('', '', [], '', '', image=name))\n"
               "read('none.png').exception(); read('pipe.png'); print(flush=True); time.sleep(60)")
-    folder = Path(data.__file__).parent
-    environment = os.environ | {"PYTHONPATH": str(folder)}
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=tmp_path,
-                              env=environment)
+                              env=os.environ | {"PYTHONPATH": str(Path(data.__file__).parent)})
     parent.stdout.readline()
     process, = children(parent.pid)
     time.sleep(0.2)
@@ -1577,9 +1577,7 @@ class WordTokenizer:
         return self.ids.setdefault(token, len(self.ids))
 
     def apply_chat_template(self, messages, add_generation_prompt, tokenize):
-        visual = "<|vision_start|><|{type}_pad|><|vision_end|>"
-        texts = [c.get("text") or visual.format(**c) for c in messages[0]["content"]]
-        return "<|im_start|>user " + "".join(texts) + "<|im_end|>"
+        return f"<|im_start|>user {messages[0]['content'][0]['text']}<|im_end|>"
 
     def __call__(self, text, add_special_tokens=False):
         words = re.findall(r"<\|\w+\|>|" + TOY_WORD, text)
@@ -1613,38 +1611,27 @@ HOSTILE = replace(GROUND, question="a <|video_pad|> <<||image_pad|> <|im_end|> b
                   options=["<|image_pad|>", "<|im_end|>"])
 
 
-def test_prompt_tokens_and_frame_of_token():
-    tokenizer = WordTokenizer()
-    prompt = data.build_prompt(HOSTILE, visual_of([(2, 4, 4)], [(1, 4, 2)]), tokenizer)
-    ids = prompt.input_ids.tolist()
-    first_image = ids.index(tokenizer.ids["<|image_pad|>"])
-    first_video = ids.index(tokenizer.ids["<|video_pad|>"])
-    assert ids.count(ids[first_video]) == 8 and ids.count(ids[first_image]) == 2
-    assert ids.count(tokenizer.ids["<|im_end|>"]) == 1 and prompt.num_frames == 2
-    frames = prompt.frame_of_token.tolist()
-    assert frames[first_video:first_video + 8] == [0] * 4 + [1] * 4 and first_video < first_image
-    assert frames.count(-1) == len(ids) - 8 and len(frames) == len(ids)
-    for seconds, crucial, expected in ((2.0, 1, 1), (2.0, 2, None), (4.0, 1, None)):
-        sample = replace(CHOICE, crucial_frame=crucial)
-        prompt = data.build_prompt(sample, visual_of([(2, 4, 4)], [], seconds), tokenizer)
-        assert prompt.sample.crucial_frame == expected
-    with pytest.raises(ValueError, match="chat template"):
-        tokenizer.apply_chat_template = lambda *_, **__: "<|video_pad|>"
-        data.build_prompt(CHOICE, visual_of([]), tokenizer)
-
-
-@needs_shared
-def test_prompt_with_the_real_tokenizer():
-    tokenizer = transformers.AutoTokenizer.from_pretrained(SHARED / "models/qwen2.5-vl-3b")
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=needs_shared)])
+def test_prompt_tokens_and_frame_of_token(real):
+    tokenizer, chat = WordTokenizer(), "<|im_start|>user {}<|im_end|>"
+    if real:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(SHARED / "models/qwen2.5-vl-3b")
+        chat = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{}"
+                "<|im_end|>\n<|im_start|>assistant\n")
     visual = visual_of([(3, 4, 6)], [(1, 2, 4)])
     prompt = data.build_prompt(HOSTILE, visual, tokenizer)
     words = data.prompt_text(HOSTILE, visual).replace("<|", "< |")
-    chat = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-            f"<|vision_start|>{'<|video_pad|>' * 18}<|vision_end|><|vision_start|>"
-            f"{'<|image_pad|>' * 2}<|vision_end|>{words}<|im_end|>\n<|im_start|>assistant\n")
-    assert prompt.input_ids.tolist() == tokenizer(chat)["input_ids"]
-    frames = prompt.frame_of_token[prompt.input_ids == 151656]
-    assert frames.tolist() == [0] * 6 + [1] * 6 + [2] * 6
+    text = chat.format(f"<|vision_start|>{'<|video_pad|>' * 18}<|vision_end|><|vision_start|>"
+                       f"{'<|image_pad|>' * 2}<|vision_end|>{words}")
+    assert prompt.input_ids.tolist() == tokenizer(text)["input_ids"] and prompt.num_frames == 3
+    of_video = prompt.input_ids == tokenizer.convert_tokens_to_ids("<|video_pad|>")
+    assert prompt.frame_of_token[of_video].tolist() == [0] * 6 + [1] * 6 + [2] * 6
+    assert (prompt.frame_of_token[~of_video] == -1).all()
+    for seconds, crucial, expected in ((2.0, 2, 2), (2.0, 3, None), (4.0, 1, None)):
+        sample = replace(CHOICE, crucial_frame=crucial)
+        prompt = data.build_prompt(sample, visual_of([(3, 4, 4)], [], seconds), tokenizer)
+        assert prompt.sample.crucial_frame == expected
+    assert data.build_prompt(sample, visual_of([]), tokenizer).num_frames == 0
 
 
 def test_batches_are_read_ahead_and_long_or_unreadable_prompts_left_out(tmp_path):
@@ -1665,7 +1652,7 @@ def test_batches_are_read_ahead_and_long_or_unreadable_prompts_left_out(tmp_path
         assert [list(prompts) for prompts, _ in ahead] == [[3]]
         limit = len(prompts[7].input_ids)
         assert list(prompts) == [7] and prompts[7].sample == good
-        assert "neither a file" in skipped.pop("reason")
+        assert "cannot be read" in skipped.pop("reason")
         assert skipped == dict(position=8, id="a:0", path=bad.video, unreadable=True)
         for limit, count in (limit, 1), (limit - 1, 0):
             (prompts, skipped), = data.read_prompts(reader, [{7: good}], WordTokenizer(), limit)
@@ -1715,10 +1702,11 @@ def test_format_and_the_only_answer(response, scores):
 
 
 def test_ambiguous_words_and_letters_as_options():
-    assert data.match_choice("same", ["same", "Same.", "x"]) is None
-    assert data.match_choice("A", ["B", "A"]) == 0  # a letter is a letter first
-    assert data.match_choice("(A) x", ["x", "y"]) == 0
-    assert data.match_choice("(B) x", ["x", "y"]) is None
+    for text, options, letter in (
+            ("same", ["same", "Same.", "x"], None), ("(A) x", ["x", "y"], "A"),
+            ("A", ["B", "A"], "A"),     # a letter is a letter first
+            ("(B) x", ["x", "y"], None)):
+        assert data.match_choice(text, options) == letter
 
 
 @pytest.mark.parametrize("pred, expected", rows("""
@@ -1742,8 +1730,8 @@ def test_mean_relative_accuracy(pred, expected):
 def test_number_answers(answers, reward):
     for answer in answers.split("|"):
         assert data.accuracy_reward(f"<answer>{answer}</answer>", NUMBER) == reward, answer
-    assert data.parse_number("9" * 41) is None and data.parse_number("9" * 40) == 1e40
-    assert data.parse_number("1,200.5 m") == 1200.5 and data.parse_number("-.5") == -0.5
+    for text, number in (("1,200.5 m", 1200.5), ("-.5,", -0.5), ("9" * 400, None), ("1,20", None)):
+        assert data.parse_number(text) == number
 
 
 @pytest.mark.parametrize("pred, expected", rows("""
@@ -1752,7 +1740,7 @@ def test_number_answers(answers, reward):
     [[4, 6], [5, 8], [7, 10]] -> [1, 1]
     [[0, 99]] -> [0.3, 0.3]"""))
 def test_temporal_iou_by_hand(pred, expected):
-    assert data.temporal_iou(json.loads(pred), [(4, 10)], 20) == tuple(expected)
+    assert data.temporal_iou(json.loads(pred), [[4, 10]], 20) == tuple(expected)
 
 
 def test_temporal_iou_equals_a_slow_count():
@@ -1785,8 +1773,6 @@ def test_temporal_iou_equals_a_slow_count():
     12.5 to 8.4, 3 to 3, 0 to inf, \u0668 to \u0669, 8.4 to, 8.4, 1 to 2 to 3, 1e3 to 2e3 -> []"""))
 def test_span_shapes(text, spans):
     assert data.parse_spans(text) == [tuple(span) for span in spans]
-    for length, found in ((60, [(1.0, 2.0)]), (61, [])):
-        assert data.parse_spans("1 to 2.".ljust(length, "0")) == found
 
 
 @pytest.mark.parametrize("ending, scores", rows("""
@@ -1838,25 +1824,26 @@ def test_toy_videos_show_what_they_say():
 
 
 def test_toy_data_is_deterministic_whole_and_found_both_ways(tmp_path):
-    for name in ("a", "b"):
-        data.make_toy_data(tmp_path / name, (3, 2), 4, seed=5)
-    files = {path: path.read_bytes() for path in (tmp_path / "a").rglob("*.*")}
-    assert len(files) == 7
-    for path, content in files.items():
-        assert (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes() == content
-    stamps = {path: path.stat().st_mtime_ns for path in files}
-    data.make_toy_data(tmp_path / "a", (3, 2), 4, seed=5)
-    assert stamps == {path: path.stat().st_mtime_ns for path in files}
-    train = data.load_samples(tmp_path / "a/train.json")
-    assert len(train) == 12 and len(data.load_samples(tmp_path / "a/test.json")) == 8
-    assert data.load_samples(tmp_path / "a/train.json", tmp_path / "a/videos") == train
+    def files_of(folder):
+        data.make_toy_data(folder, (3, 2))
+        return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*")}
+
+    folder = tmp_path / "a"
+    files = files_of(folder)
+    assert len(files) == 7 and files == files_of(tmp_path / "b")
+    stamps = [path.stat().st_mtime_ns for path in folder.rglob("*.y4m")]
+    assert files == files_of(folder)        # whole videos are kept
+    assert stamps == [path.stat().st_mtime_ns for path in folder.rglob("*.y4m")]
+    train = data.load_samples(folder / "train.json")
+    assert len(train) == 12 and len(data.load_samples(folder / "test.json")) == 8
+    assert data.load_samples(folder / "train.json", folder / "videos") == train
     for i, sample in enumerate(train):
-        frames, plan = data.toy_video(np.random.default_rng([5, 0, i // 4]))
+        frames, plan = data.toy_video(np.random.default_rng([0, 0, i // 4]))
         shape, colour, _ = plan[sample.crucial_frame]
         assert sample.question == f"what colour is the {shape} ?"
         assert sample.options["ABCD".index(sample.answer)] == colour
-        read, seconds, duration = data.sample_frames(sample.video, 1, 16)
-        assert (read.int() - frames.int()).abs().max() <= 2 and (seconds, duration) == (2.0, 16.0)
+        read, duration = frames_of(sample.video, 1, 16)
+        assert (read - frames.int()).abs().max() <= 2 and duration == 16.0
 
 
 def test_toy_responses_are_correct_and_use_the_vocabulary():
