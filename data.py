@@ -132,9 +132,9 @@ class Record:
         """The letter of the option that the field names: by letter, by words or, if counted, by
         index from 0."""
         answer = self.answer(name)
-        indices = [str(index) for index in range(len(options))]
-        if counted and answer in indices:
-            return LETTERS[indices.index(answer)]
+        letter_of_index = dict(zip("0123456789", LETTERS[:len(options)]))
+        if counted and answer in letter_of_index:
+            return letter_of_index[answer]
         letter = match_choice(answer, options)
         self.check(letter, name, f"{answer[:60]!r} names none of the {len(options)} options; write "
                    "a letter")
@@ -349,8 +349,10 @@ class FileFinder:
                 continue
             walked.add(real)
             for name in folders + files:
-                # Neither of two files with one name: they may be different videos.
-                paths[name] = None if name in paths else os.path.join(folder, name)
+                place = os.path.join(folder, name)
+                if os.path.exists(place):  # not of a broken link
+                    # Neither of two files with one name: they may be different videos.
+                    paths[name] = None if name in paths else place
         return paths
 
     def find(self, path: str, folder: str, by_name: bool) -> str | None:
@@ -414,8 +416,7 @@ def load_samples(path, video_root=None, benchmark: str | None = None) -> list[Sa
         gc.enable()
     warning = logging.getLogger("appo").warning
     if left_out:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
-        warning(f"{left_out.total()} records left out, no rule can score them: {kinds}")
+        warning(f"{left_out.total()} records left out, no rule can score them: {dict(left_out)}")
     if finder.found_by_name:
         wanted, place = next(iter(finder.found_by_name.items()))
         warning(f"{len(finder.found_by_name)} files were found by their name only, the first "
@@ -443,9 +444,9 @@ def with_files(samples: list[Sample], source: str, skip_missing: bool,
 # ------------------------------------------------------------------- sampled frames and their times
 
 def frame_indices(count: int, rate: float, fps: float, max_frames: int,
-                  bounds=None) -> tuple[np.ndarray, float]:
+                  bounds: Span | None = None) -> tuple[list[int], float]:
     """The frames to sample of a video of `count` frames at `rate` per second
-    -> (indices (n,), seconds covered).
+    -> (n indices, seconds covered).
 
     n = the largest even number not above min(max(D * fps, 4), max_frames, count), at least 2, as
     in Qwen's own utility: 22 s at fps 1 and max_frames 16 -> 16 sampled frames, 8 visual frames of
@@ -462,7 +463,7 @@ def frame_indices(count: int, rate: float, fps: float, max_frames: int,
     duration = count / rate
     limit = int(min(max(duration * fps, 4), max_frames, count))
     n = max(2, limit // 2 * 2)
-    return np.linspace(first, last, n).round().astype(np.int64), duration
+    return np.linspace(first, last, n).round().astype(int).tolist(), duration
 
 
 def read_picture(path: str) -> Tensor:
@@ -475,49 +476,53 @@ def read_picture(path: str) -> Tensor:
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
-def open_video(path: str) -> tuple[int, float, Callable[[list[int]], Iterator[Tensor]]]:
-    """(frames, frames per second, reader of the frames at ascending indices as uint8 (3, H, W)) of
-    a video file or of a folder of pictures, which count as 3 per second."""
-    if os.path.isdir(path):
-        endings = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-        names = [name for name in os.listdir(path)
-                 if name.lower().endswith(endings) and not name.startswith(".")]
-        names.sort(key=lambda name: (len(name), name))  # 9.png comes before 10.png
-        return len(names), 3.0, lambda indices: (
-            read_picture(os.path.join(path, names[index])) for index in indices)
-    if path.lower().endswith((".ts", ".mts", ".m2ts")):
-        raise ValueError("decord reads wrong frames of MPEG-TS; convert it to mp4")
-    video = decord.VideoReader(path, num_threads=1)
-    # Other formats may lack the times by which decord seeks: it would go to a wrong place.
-    seekable = path.lower().endswith((".mp4", ".m4v", ".mov", ".mkv", ".webm"))
+def pictures_in(folder: str) -> list[str]:
+    endings = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+    names = [name for name in os.listdir(folder)
+             if name.lower().endswith(endings) and not name.startswith(".")]
+    names.sort(key=lambda name: (len(name), name))  # 9.png comes before 10.png
+    return [os.path.join(folder, name) for name in names]
 
-    def frames_at(indices: list[int]) -> Iterator[Tensor]:
-        position = 0  # of the next frame that is decoded
-        for index in indices:
-            if seekable and index > position:
-                video.seek_accurate(index)  # decodes on from here, or from the key frame before
-                position = index
-            while position <= index:
-                frame = video.next().asnumpy()
-                position += 1
-            yield torch.from_numpy(frame).permute(2, 0, 1)
 
-    return len(video), float(video.get_avg_fps()), frames_at
+def decoded_frames(video: decord.VideoReader, indices: list[int],
+                   seekable: bool) -> Iterator[Tensor]:
+    """Frames uint8 (3, H, W) at ascending indices."""
+    position = 0  # of the next frame that is decoded
+    for index in indices:
+        if seekable and index > position:
+            video.seek_accurate(index)  # decodes on from here, or from the key frame before
+            position = index
+        while position <= index:
+            frame = video.next().asnumpy()
+            position += 1
+        yield torch.from_numpy(frame).permute(2, 0, 1)
 
 
 def sample_frames(path: str, fps: float, max_frames: int,
                   bounds: Span | None = None) -> tuple[Iterator[Tensor], float]:
-    """Evenly spaced frames by `frame_indices`, from a video or a folder of pictures
-    -> (frames uint8 (3, H, W), D seconds).
+    """Evenly spaced frames by `frame_indices`, from a video or from a folder of pictures, which
+    count as 3 per second -> (frames uint8 (3, H, W), D seconds).
 
     The frames are decoded one by one, so that only one full-size frame need be in memory. Raises
     ValueError, and what decord, Pillow and torch raise.
     """
-    count, rate, frames_at = open_video(path)
+    is_folder = os.path.isdir(path)
+    if is_folder:
+        pictures = pictures_in(path)
+        count, rate = len(pictures), 3.0
+    elif path.lower().endswith((".ts", ".mts", ".m2ts")):
+        raise ValueError("decord reads wrong frames of MPEG-TS; convert it to mp4")
+    else:
+        video = decord.VideoReader(path, num_threads=1)
+        count, rate = len(video), video.get_avg_fps()
     if not (count > 0 and 0 < rate < math.inf):
         raise ValueError(f"{count} frames at {rate} per second")
     indices, duration = frame_indices(count, rate, fps, max_frames, bounds)
-    return frames_at(indices.tolist()), duration
+    if is_folder:
+        return (read_picture(pictures[index]) for index in indices), duration
+    # Other formats may lack the times by which decord seeks: it would go to a wrong place.
+    seekable = path.lower().endswith((".mp4", ".m4v", ".mov", ".mkv", ".webm"))
+    return decoded_frames(video, indices, seekable), duration
 
 
 # ---------------------------------------------------------------------------------------- patches

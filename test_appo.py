@@ -6,7 +6,6 @@ import os
 os.environ["CUDA_VISIBLE_DEVICES"] = ""    # no test touches a GPU; torch reads it when imported
 
 import copy
-import dataclasses
 import inspect
 import itertools
 import json
@@ -1071,10 +1070,10 @@ def data_error(*words):
     return pytest.raises(DataError, match=rf"\A{pattern}.{{1,900}}\Z")
 
 
-def touch(folder, *names):
+def touch(folder, *names, content=""):
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
+        (folder / name).write_text(content)
 
 
 @pytest.mark.parametrize("case, expected", rows("""
@@ -1133,7 +1132,8 @@ def test_records_that_no_rule_scores_are_left_out(tmp_path, caplog):
     labels = ["x", "x", "many", "1 1/2", "3 x 10^5", "1e999", "<answer>x</answer>"]
     records = [R1 | dict(problem_type=kind, solution=text) for kind, text in zip(kinds, labels)]
     assert len(load(tmp_path, R1, *records)) == 1
-    assert "7 records left out, no rule can score them: 1 OCR, 1 free-form, 5 regr" in caplog.text
+    counts = "{'free-form': 1, 'OCR': 1, 'regression': 5}"
+    assert f"7 records left out, no rule can score them: {counts}" in caplog.text
     with data_error("no record that can be scored"):
         load(tmp_path, *records)
 
@@ -1202,35 +1202,34 @@ def test_paths_and_benchmarks_that_do_not_exist(tmp_path):
 
 
 def test_forms_of_files(tmp_path):
-    (tmp_path / "sub").mkdir()
-    lines, other = tmp_path / "a.jsonl", tmp_path / "sub/a.jsonl"
+    def read(*names):
+        return data.load_samples(" , ".join(str(tmp_path / name) for name in names))
+
+    first = json.dumps(R1)
     second = json.dumps(R1 | {"problem": "b\u2028c"}, ensure_ascii=False)
-    lines.write_text(f"{json.dumps(R1)}\n\n{second}\n\n")
-    other.write_text(json.dumps(R1))
-    assert [s.id for s in data.load_samples(lines)] == ["a.jsonl:0", "a.jsonl:1"]
-    joined = [s.id for s in data.load_samples(f"{lines},{other}")]
-    assert joined == [f"{lines}:0", f"{lines}:1", f"{other}:0"]
-    assert len(data.load_samples(f"{other},{other}")) == 1
-    (tmp_path / "val.csv").write_text("video,question,answer,type,a0,a1,a2,a3,a4\n"
-                                      '41,how,3,CH,one,two,"three, or so",four,five\n')
-    sample, = data.load_samples(tmp_path / "val.csv")
+    touch(tmp_path, "a.jsonl", content=f"\ufeff{first}\n\n{second}\n\n")
+    touch(tmp_path, "sub/a.jsonl", content=first)
+    touch(tmp_path, "val.csv", content="video,question,answer,type,a0,a1,a2,a3,a4\n"
+                                       '41,how,3,CH,one,two,"three, or so",four,five\n')
+    question = RECORDS["PERCEPTION"] | {"video_name": "v1"}
+    videos = {"v1": {"mc_question": [question] * 2}, "v2": {"mc_question": []}}
+    touch(tmp_path, "mc.json", content=json.dumps(videos))
+    assert [s.id for s in read("a.jsonl")] == ["a.jsonl:0", "a.jsonl:1"]
+    ids = [f"{tmp_path}/{name}" for name in ("a.jsonl:0", "a.jsonl:1", "sub/a.jsonl:0")]
+    assert [s.id for s in read("a.jsonl", "sub/a.jsonl", "a.jsonl")] == ids
+    sample, = read("val.csv")
     assert (sample.options[2], sample.answer, sample.missing) == ("three, or so", "D", ["41.mp4"])
-    record = RECORDS["PERCEPTION"].copy()
-    record.pop("video_name")
-    videos = {"v1": {"mc_question": [record, record]}, "v2": {"mc_question": []}}
-    (tmp_path / "mc.json").write_text(json.dumps(videos))
-    assert [s.missing for s in data.load_samples(tmp_path / "mc.json")] == [["v1.mp4"]] * 2
+    assert [s.missing for s in read("mc.json")] == [["v1.mp4"]] * 2
 
 
 def test_paths_are_looked_up_as_written_then_by_tail_then_by_name(tmp_path, caplog):
     root = tmp_path / "root"
-    touch(root, "d/set/v.avi", "set/v.avi", "deep/er/only.avi", "1/twin.avi", "2/twin.avi", "v.avi")
-    touch(tmp_path, "outside.avi")
-    (root / "broken.avi").symlink_to(root / "gone.avi")
-    (root / "link.avi").symlink_to(root / "v.avi")
-    touch(tmp_path, "elsewhere/linked.avi")
-    (root / "folder").symlink_to(tmp_path / "elsewhere")
-    (root / "above").symlink_to(root)
+    touch(root, "d/set/v.avi", "set/v.avi", "deep/er/only.avi", "1/twin.avi", "2/twin.avi", "v.avi",
+          "clevrer/video_validation/w.mp4")
+    touch(tmp_path, "outside.avi", "elsewhere/linked.avi")
+    for name, target in (("broken.avi", "gone.avi"), ("link.avi", "v.avi"),
+                         ("folder", "../elsewhere"), ("above", ".")):
+        (root / name).symlink_to(target)
     places = dict(rows("""
         /d/set/v.avi -> "d/set/v.avi"
         /x/set/v.avi -> "set/v.avi"
@@ -1242,6 +1241,8 @@ def test_paths_are_looked_up_as_written_then_by_tail_then_by_name(tmp_path, capl
         /gone/twin.avi -> null
         /gone/outside.avi -> null
         ../outside.avi -> null
+        broken.avi -> null
+        .. -> null
         link.avi -> "link.avi\""""))
     samples = load(tmp_path, *[R1 | {"path": path} for path in places], root=root)
     for sample, (path, place) in zip(samples, places.items(), strict=True):
@@ -1249,12 +1250,10 @@ def test_paths_are_looked_up_as_written_then_by_tail_then_by_name(tmp_path, capl
         assert sample.missing == ([] if place else [path])
     assert re.search("3 files were found by their name only.*v.avi' for '/x/y/v.avi'",
                      caplog.text)
-    touch(root, "clevrer/video_validation/w.mp4")
-    tasks = [tmp_path / "moving_count.json", tmp_path / "object_shuffle.json"]
-    for task in tasks:          # which may have different videos of one name
-        task.write_text(json.dumps([RECORDS["MVBENCH"] | {"video": "w.mp4"}]))
-    found = [data.load_samples(task, str(root))[0].missing == [] for task in tasks]
-    assert found == [True, False]
+    for task, missing in (("moving_count", False), ("object_shuffle", True)):
+        record = RECORDS["MVBENCH"] | {"video": "w.mp4"}    # tasks may share a video's name
+        sample, = load(tmp_path, record, name=f"{task}.json", root=str(root))
+        assert bool(sample.missing) == missing
     paths = [str(tmp_path / "outside.avi"), "root/v.avi", "v.avi", "root/broken.avi"]
     samples = load(tmp_path, *[R1 | {"path": path} for path in paths])
     assert [s.video for s in samples] == [paths[0], str(root / "v.avi"), None, None]
@@ -1275,15 +1274,13 @@ def test_missing_files_are_listed_and_are_an_error(tmp_path, capsys):
 def test_seed_bench_r1_options_depend_on_the_record_only(tmp_path):
     records = [RECORDS["SEED"] | {"question": f"{i}?"} for i in range(40)]
     samples = load(tmp_path, *records)
-    assert {s.answer for s in samples} == set("ABCD")
-    for sample in samples:
-        incorrect = set(sample.options) - {"toss"}
-        assert sample.options["ABCD".index(sample.answer)] == "toss"
-        assert len(incorrect) == 3 and incorrect < set("abcd")
-        assert sample.missing == ["videos/s/a.avi", "images/s/p.png"]
     again = load(tmp_path, *records[::-1], name="y.json", benchmark="seed_bench_r1")[::-1]
+    assert {s.answer for s in samples} == set("ABCD")
     for sample, other in zip(samples, again, strict=True):
-        assert replace(other, id=sample.id, group=sample.group) == sample
+        assert sample.options.index("toss") == "ABCD".index(sample.answer)
+        assert len(set(sample.options)) == 4 and set(sample.options) < {"toss", *"abcd"}
+        assert sample.missing == ["videos/s/a.avi", "images/s/p.png"]
+        assert replace(other, id=sample.id) == sample
 
 
 @needs_shared
@@ -1332,7 +1329,7 @@ def test_frames_and_time_rule(video, expected):
     first, last, n, duration = expected
     indices, seconds = data.frame_indices(*json.loads(video))
     assert seconds == pytest.approx(duration)
-    assert indices.tolist() == [round(first + i * (last - first) / (n - 1)) for i in range(n)]
+    assert indices == [round(first + i * (last - first) / (n - 1)) for i in range(n)]
     with pytest.raises(ValueError, match="outside"):
         data.frame_indices(100, 10, 1, 16, (50, 60))
 
@@ -1636,8 +1633,7 @@ def test_prompt_tokens_and_frame_of_token(real):
 
 def test_batches_are_read_ahead_and_long_or_unreadable_prompts_left_out(tmp_path):
     clip(tmp_path / "a.avi")
-    good = replace(CHOICE, video=str(tmp_path / "a.avi"))
-    bad = replace(CHOICE, video=str(tmp_path / "b.avi"))
+    good, bad = [replace(CHOICE, video=str(tmp_path / name)) for name in ("a.avi", "b.avi")]
     taken = []
 
     def batches():
@@ -1646,34 +1642,40 @@ def test_batches_are_read_ahead_and_long_or_unreadable_prompts_left_out(tmp_path
             yield {position: good, position + 1: bad}
 
     with data.VideoReader(1, **READING) as reader:
-        ahead = data.read_prompts(reader, batches(), WordTokenizer(), 10 ** 6)
+        def read(batches, limit):
+            return data.read_prompts(reader, batches, WordTokenizer(), limit)
+
+        ahead = read(batches(), 10 ** 6)
         prompts, (skipped,) = next(ahead)
         assert taken == [7, 3]  # the second batch is under way
         assert [list(prompts) for prompts, _ in ahead] == [[3]]
-        limit = len(prompts[7].input_ids)
         assert list(prompts) == [7] and prompts[7].sample == good
         assert "cannot be read" in skipped.pop("reason")
         assert skipped == dict(position=8, id="a:0", path=bad.video, unreadable=True)
-        for limit, count in (limit, 1), (limit - 1, 0):
-            (prompts, skipped), = data.read_prompts(reader, [{7: good}], WordTokenizer(), limit)
-            assert len(prompts) == count
-        assert not skipped[0]["unreadable"]
-        assert skipped[0]["reason"].endswith(f"over the limit of {limit}")
-        assert list(data.read_prompts(reader, [], WordTokenizer(), 1)) == []
+        limit = len(prompts[7].input_ids)
+        (prompts, _), = read([{7: good}], limit)
+        (no_prompts, (skipped,)), = read([{7: good}], limit - 1)
+        assert len(prompts) == 1 and not no_prompts and not skipped["unreadable"]
+        assert skipped["reason"].endswith(f"over the limit of {limit - 1}")
+        assert list(read([], 1)) == []
     parts = data.in_batches(dict(enumerate("abcde")), 2)
-    assert list(parts) == [{0: "a", 1: "b"}, {2: "c", 3: "d"}, {4: "e"}]
+    assert parts == [{0: "a", 1: "b"}, {2: "c", 3: "d"}, {4: "e"}]
 
 
 # ---- rewards
 
-@pytest.mark.parametrize("answers, reward", rows("""
-    C | C. | (C) | C. A guitar | a guitar |  C \\n | (C) A guitar. | C: A guitar -> 1
-    B |  | C. A book | C A guitar | CC | A, C | c | (C | guitar | E | . | C or D | <b>C</b> -> 0
-    () | \uff23 | \ud800 -> 0"""))
-def test_choice_answers(answers, reward):
+@pytest.mark.parametrize("case, reward", rows("""
+    CHOICE: C | C. | (C) | C. A guitar | a guitar |  C \\n | (C) A guitar. | C: A guitar -> 1
+    CHOICE: B |  | C. A book | C A guitar | CC | A, C | c | (C | guitar | E | . | C or D -> 0
+    CHOICE: () | \uff23 | \ud800 | <b>C</b> -> 0
+    NUMBER: 100 | 100.0 | 1e2 | +100 meters | 95 | 100. | 100% | 100 or 7 -> 1
+    NUMBER: about 100 |  | nan | inf | 1e999 | \u0661\u0660\u0660 | 1_00 | 0x64 | 10,0 | . -> 0
+    NUMBER: --100 | 100- -> 0"""))
+def test_answers(case, reward):
+    sample, answers = case.split(": ", 1)
     for answer in answers.split("|"):
         response = f"<think>x</think><answer>{answer}</answer>"
-        assert data.accuracy_reward(response, CHOICE) == reward, answer
+        assert data.accuracy_reward(response, globals()[sample]) == reward, answer
 
 
 @pytest.mark.parametrize("response, scores", rows("""
@@ -1724,14 +1726,14 @@ def test_mean_relative_accuracy(pred, expected):
     assert data.mean_relative_accuracy(-1.05, -1) == 1  # an error of 0.05 + 4e-17
 
 
-@pytest.mark.parametrize("answers, reward", rows("""
-    100 | 100.0 | 1e2 | +100 meters | 95 | 100. | 100% | 100 or 7 -> 1
-    about 100 |  | nan | inf | 1e999 | \u0661\u0660\u0660 | 1_00 | 0x64 | 10,0 | --100 | . -> 0"""))
-def test_number_answers(answers, reward):
-    for answer in answers.split("|"):
-        assert data.accuracy_reward(f"<answer>{answer}</answer>", NUMBER) == reward, answer
-    for text, number in (("1,200.5 m", 1200.5), ("-.5,", -0.5), ("9" * 400, None), ("1,20", None)):
-        assert data.parse_number(text) == number
+@pytest.mark.parametrize("text, number", rows("""
+    1,200.5 m -> 1200.5
+    -.5, -> -0.5
+    12,345,678% -> 12345678
+    1,20 -> null
+    1e400 -> null"""))
+def test_numbers(text, number):
+    assert data.parse_number(text) == number
 
 
 @pytest.mark.parametrize("pred, expected", rows("""
@@ -1807,20 +1809,20 @@ def test_hostile_responses_take_linear_time():
 # ---- the built-in task
 
 def test_toy_videos_show_what_they_say():
+    names = {"r": "red", "g": "green", "b": "blue", "rg": "yellow"}
     for seed in range(5):
         frames, plan = data.toy_video(np.random.default_rng(seed))
-        shapes, colours, cells = zip(*plan)
+        shapes, colours, _ = zip(*plan)
         assert frames.shape == (16, 3, 56, 56) and frames.dtype == torch.uint8
         assert sorted(shapes) == sorted(data.TOY_SHAPES)
-        assert sorted(colours) == sorted(["red", "green", "blue", "yellow"] * 2)
-        for i, pair in enumerate(frames.float().view(8, 2, 3, 56, 56)):
+        assert sorted(colours) == sorted([*names.values()] * 2)
+        for (_, colour, cell), pair in zip(plan, frames.float().view(8, 2, 3, 56, 56)):
             assert 24 < (pair[0] - pair[1]).std() < 29  # sqrt(2) x 20 grey levels
             is_light = (pair.mean(0) - 60).amax(0) > 65
-            top, left = 28 * (cells[i] // 2), 28 * (cells[i] % 2)
-            assert is_light[top:top + 28, left:left + 28].sum() > 0.9 * is_light.sum() > 100
-            red, green, blue = pair.mean(0)[:, is_light].mean(1).tolist()
-            brightest = max(("red", red), ("green", green), ("blue", blue), key=lambda x: x[1])
-            assert colours[i] == ("yellow" if min(red, green) > 150 else brightest[0])
+            of_cell = is_light.view(2, 28, 2, 28)[cell // 2, :, cell % 2]
+            assert of_cell.sum() > 0.9 * is_light.sum() > 100
+            mean = pair.mean(0)[:, is_light].mean(1)
+            assert names["".join(c for c, level in zip("rgb", mean) if level > 130)] == colour
 
 
 def test_toy_data_is_deterministic_whole_and_found_both_ways(tmp_path):
@@ -1851,22 +1853,20 @@ def test_toy_responses_are_correct_and_use_the_vocabulary():
     words = set(re.findall(TOY_WORD, " ".join(data.toy_vocabulary())))
     spoken = [set() for _ in data.TOY_FILLER]
     assert len(words) < 150
-    for shape in data.TOY_SHAPES * 3:
-        for letter, colour in zip("ABCD", data.TOY_COLOURS):
-            sample = dataclasses.replace(CHOICE, question=f"what colour is the {shape} ?",
-                                         options=list(data.TOY_COLOURS), answer=letter)
-            plain = data.toy_response(shape, colour, rng, filler=False)
-            assert plain == f"<think> {shape} {colour} </think> <answer> {letter} </answer>"
-            response = data.toy_response(shape, colour, rng)
-            assert data.task_reward(response, sample) == (1.0, 1, 1)
-            tokens = re.findall(TOY_WORD, response)
-            assert response.split() == tokens and tokens[25:27] == [shape, colour]
-            tokens += re.findall(TOY_WORD, data.prompt_text(sample, None))
-            assert set(tokens) <= words
-            for place, word in zip(spoken, tokens[1:25], strict=True):
-                place.add(word)
-            wrong = data.toy_response(shape, colour, rng, correct=0)
-            assert data.task_reward(wrong, sample) == (pytest.approx(0.1), 0, 1)
+    for shape, colour in itertools.product(data.TOY_SHAPES * 3, data.TOY_COLOURS):
+        sample = data.toy_sample(shape, colour)
+        letter = "ABCD"[sample.options.index(colour)]
+        plain = data.toy_response(shape, colour, rng, filler=False)
+        assert plain == f"<think> {shape} {colour} </think> <answer> {letter} </answer>"
+        response = data.toy_response(shape, colour, rng)
+        assert data.task_reward(response, sample) == (1.0, 1, 1)
+        tokens = re.findall(TOY_WORD, response)
+        assert response.split() == tokens and tokens[25:27] == [shape, colour]
+        assert words.issuperset(tokens + re.findall(TOY_WORD, data.prompt_text(sample, None)))
+        for place, word in zip(spoken, tokens[1:25], strict=True):
+            place.add(word)
+        wrong = data.toy_response(shape, colour, rng, correct=0)
+        assert data.task_reward(wrong, sample) == (pytest.approx(0.1), 0, 1)
     assert spoken == [set(alternatives) for alternatives in data.TOY_FILLER]
     assert [len(place) for place in spoken] == [4] * 24
     responses = [data.toy_response("star", "red", rng, False, 0.4) for _ in range(1000)]
@@ -1876,20 +1876,18 @@ def test_toy_responses_are_correct_and_use_the_vocabulary():
 def test_toy_lessons_teach_the_responses_and_the_tokens():
     tokenizer = WordTokenizer()
     (lesson, other), = data.toy_lessons(tokenizer, 2, 3, {})
-    words = {number: word for word, number in tokenizer.ids.items()}
+    words = list(tokenizer.ids)             # in the order of their numbers
     assert not torch.equal(lesson.prompt.patches, other.prompt.patches)
     _, plan = data.toy_video(np.random.default_rng([3, 2, 0]))
     visual = data.Visual(lesson.prompt.patches, [(8, 4, 4)], [], [2.0], 16.0, 16)
     for i, (shape, colour, cell) in enumerate(plan):
-        shown = [words[n] for n in lesson.token_words[4 * i + cell].tolist()]
-        assert shown == [shape, colour]
+        assert [words[n] for n in lesson.token_words[4 * i + cell]] == [shape, colour]
         ids, real, target = lesson.row_ids[i], lesson.row_mask[i], lesson.target_mask[i]
-        response = " ".join(words[n] for n in ids[target].tolist())
+        response = " ".join(words[n] for n in ids[target])
         assert re.fullmatch(f"<think> .* {shape} {colour} </think> .* </answer> <eos>", response)
-        sample = dataclasses.replace(CHOICE, question=f"what colour is the {shape} ?",
-                                     options=list(data.TOY_COLOURS))
         prompt = torch.cat([lesson.prompt.input_ids, ids[real & ~target]])
-        assert torch.equal(prompt, data.build_prompt(sample, visual, tokenizer).input_ids)
+        expected = data.build_prompt(data.toy_sample(shape, colour), visual, tokenizer)
+        assert torch.equal(prompt, expected.input_ids)
     assert (lesson.token_words == tokenizer.pad_token_id).all(1).sum() == 24
 
 
