@@ -132,9 +132,8 @@ class Record:
         """The letter of the option that the field names: by letter, by words or, if counted, by
         index from 0."""
         answer = self.answer(name)
-        letter_of_index = dict(zip("0123456789", LETTERS[:len(options)]))
-        if counted and answer in letter_of_index:
-            return letter_of_index[answer]
+        if counted and answer in list("0123456789")[:len(options)]:
+            return LETTERS[int(answer)]
         letter = match_choice(answer, options)
         self.check(letter, name, f"{answer[:60]!r} names none of the {len(options)} options; write "
                    "a letter")
@@ -192,7 +191,7 @@ def read_next_gqa(record: Record) -> Sample:
 
 
 def read_seed_bench_r1(record: Record) -> Sample:
-    if "golden_choice_idx" in record.fields:
+    if record.fields.get("golden_choice_idx"):
         options = [record[f"choice_{letter}"] for letter in "abcd"]
         answer = record.letter("golden_choice_idx", options)
     else:
@@ -254,7 +253,7 @@ MVBENCH_PROMPT = (
 
 def read_mvbench(record: Record) -> Sample:
     options = record.options("candidates")
-    words = record["answer"]  # never a letter, though "A" may be an option's words
+    words = " ".join(record["answer"].split())  # no letter, though "A" may be an option's words
     record.check(words in options, "answer", f"{words[:60]!r} is none of the candidates")
     task = record.text("task", record.stem)
     folders = [folder for folder, tasks in MVBENCH_FOLDERS.items() if task in tasks.split()]
@@ -666,9 +665,8 @@ def serve_decoder() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the codecs' chatter
     import resource  # on Unix only, so not at the top
     with suppress(ValueError, OSError):  # there is a stricter limit
-        hard_limit = resource.getrlimit(resource.RLIMIT_DATA)[1]
         # 4 GiB: a 16K frame fits, a decompression bomb does not.
-        resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, hard_limit))
+        resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, 4 << 30))
     with suppress(Exception):  # no more requests, or no memory for a reply
         while True:
             sample, settings, timeout = pickle.load(sys.stdin.buffer)
@@ -852,11 +850,8 @@ def read_prompts(reader: VideoReader, batches: Iterable[dict[int, Sample]], toke
 
 def element_text(text: str, tag: str) -> str | None:
     """The text of the only <tag> element; None if there is none, several, or one left unclosed."""
-    opening, closing = f"<{tag}>", f"</{tag}>"
-    if text.count(opening) != 1 or text.count(closing) != 1:
-        return None
-    start, end = text.index(opening) + len(opening), text.index(closing)
-    return text[start:end].strip() if start <= end else None
+    pieces = re.split(f"(</?{tag}>)", text)  # text, tag, text, ...
+    return pieces[2].strip() if pieces[1::2] == [f"<{tag}>", f"</{tag}>"] else None
 
 
 def plain_words(text: str) -> str:
