@@ -724,8 +724,8 @@ class VideoReader:
             decoder.stdin.flush()
             reply = pickle.load(decoder.stdout)
         except (OSError, EOFError, pickle.UnpicklingError):
-            decoder.kill()
-            status = decoder.wait()
+            decoder.communicate()  # to its end; to kill it now could change its exit status
+            status = decoder.returncode
             if status > 0:  # Python's own, for an error while it starts
                 raise DataError(f"a decoding process did not start (exit status {status}); see "
                                 "its message above, or lower --readers") from None
