@@ -325,9 +325,9 @@ def read_records(path: Path) -> Iterator[dict]:
             number += 1
     except Exception as error:  # of the file system, the encoding, JSON, CSV or the structure
         cause = " ".join(str(error).split())[:200]
-        raise DataError(f"{path}, read up to record {number}: no list of records in UTF-8 JSON or "
-                        f"CSV ({cause}); give a complete .json, a .jsonl with one record per line "
-                        "or a .csv") from None
+        raise DataError(f"{path}: cannot be read from record {number} on ({cause}); give a list of "
+                        "records in UTF-8: a complete JSON (.json), one JSON per line (.jsonl) or "
+                        "a .csv") from None
 
 
 class FileFinder:
@@ -653,7 +653,9 @@ def read_visual(sample: Sample, *, fps: float, max_frames: int, min_pixels: int,
             visual.patches = torch.cat([visual.patches, patches])
             visual.image_grids = [grid]
     except Exception as error:  # damaged files raise some twenty kinds in decord, Pillow and torch
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        # Without "[12:34:56] /x/y.cc:42: ": a resumed run logs the same.
+        reason = re.sub(r"\[[0-9:]+\] \S+ ", "", reason)[:200]
         raise VideoError(f"{path!r}: cannot be read ({reason})") from None
     return visual
 
