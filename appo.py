@@ -606,7 +606,10 @@ def train(s: Settings, reward: Callable = data.task_reward,
     settings = asdict(s) | {"samples": len(samples)}
     folder = model_utils.RunFolder(s.output, settings, may_differ=may_differ(s))
     with open_reader(s) as reader, model_utils.stop_signals() as stop_requests:
+        stream = prompt_stream(s, samples, folder.position, rank, world)
+        decoded = data.decode_ahead(reader, stream)     # begins before the model is loaded
         model, tokenizer = model_utils.load_model(s.model, device)
+        batches = data.build_prompts(decoded, tokenizer, s.max_prompt_tokens)
         run = set_up(s, model, tokenizer, reward, weigh)
         run.position = folder.position
         folder.start_or_resume(model, run.policy, run.optimizer)
@@ -614,8 +617,6 @@ def train(s: Settings, reward: Callable = data.task_reward,
             folder.log("held_out", score_held_out(run, held_out, reader))
         if rank == 0:
             print(f"training on {world} x {device.type}")
-        stream = prompt_stream(s, samples, folder.position, rank, world)
-        batches = data.read_prompts(reader, stream, tokenizer, s.max_prompt_tokens)
         bar = tqdm(range(folder.step + 1, steps + 1), s.algorithm, steps, initial=folder.step,
                    disable=rank > 0)
         for step in bar:
@@ -897,8 +898,8 @@ def score_held_out(run: Run, samples: list[data.Sample], reader: data.VideoReade
     """Means over the held-out samples of all processes. Each call uses the same random numbers."""
     s, scores = run.settings, []
     share = dict(list(enumerate(samples))[run.rank::run.world])
-    batches = data.in_batches(share, s.rollout_groups)
-    for prompts, _ in data.read_prompts(reader, batches, run.tokenizer, s.max_prompt_tokens):
+    decoded = data.decode_ahead(reader, data.in_batches(share, s.rollout_groups))
+    for prompts, _ in data.build_prompts(decoded, run.tokenizer, s.max_prompt_tokens):
         scores += score_prompts(run, prompts)
     scores = model_utils.gather_lists(scores)
     record = {"samples": len(scores), "skipped": len(samples) - len(scores)}
