@@ -51,8 +51,8 @@ import math
 import re
 import time
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from itertools import count, islice
 from pathlib import Path
 from typing import Callable, Iterator, Literal
 
@@ -164,10 +164,10 @@ def perception_token_weights(frame_attention: Tensor, logits: Tensor, response_m
     # Only for speed, frames with the same picks share one comparison: while no response is longer
     # than K3, every frame picks all tokens. which (C,): the index of each frame's picks.
     distinct, which = picked.unique(dim=0, return_inverse=True)
-    scaled = torch.stack([scaled_divergence(logits, picks) for picks in distinct])
-    scaled = scaled[which]                      # (C, G, R), 0 where a frame did not pick
-    times_picked = picked.sum(0)                                                # (G, R)
-    return 1 + alpha * scaled.sum(0) / times_picked.clamp(min=1)
+    # (C, G, R), 0 where a frame did not pick
+    scaled = torch.stack([scaled_divergence(logits, picks) for picks in distinct])[which]
+    # A token's mean over the frames it was picked for.
+    return 1 + alpha * scaled.sum(0) / picked.sum(0).clamp(min=1)               # (G, R)
 
 
 def most_attentive_tokens(attention: Tensor, response_mask: Tensor, k: int) -> Tensor:
@@ -184,12 +184,11 @@ def scaled_divergence(logits: Tensor, picked: Tensor) -> Tensor:
     logits (G, R, V), picked bool (G, R) -> (G, R)
     """
     places = [row.nonzero().flatten() for row in picked]        # of each response, in reading order
-    jth_picks = pad_sequence(places, padding_value=-1)                          # (J, G)
-    divergence = group_divergence(logits, jth_picks)                            # (J,)
-    span = divergence.max() - divergence.min()
-    if span < 1e-4:                                             # equal up to rounding
-        return torch.zeros(picked.shape, device=picked.device)
-    scaled = (divergence - divergence.min()) / span
+    divergence = group_divergence(logits, pad_sequence(places, padding_value=-1))   # (J,)
+    lowest, highest = divergence.aminmax()
+    scaled = (divergence - lowest) / (highest - lowest)
+    if highest - lowest < 1e-4:                                 # equal up to rounding
+        scaled = torch.zeros_like(scaled)
     j = (picked.cumsum(1) - 1).clamp(min=0)     # a token's index among its response's picks
     return scaled[j].where(picked, 0.0)
 
@@ -381,7 +380,7 @@ class Group:
                                             # the prompt with its embedded video
     loss_scale: float = 1.0                 # 0 in a dummy
     # step 3
-    texts: list[str] = field(default_factory=list)
+    texts: list[str] | None = None
     reward: Tensor | None = None            # (G,), as are the next three
     accuracy: Tensor | None = None          # of the answers, 0 to 1
     format: Tensor | None = None            # 1 where the response has the required form
@@ -416,8 +415,6 @@ class Run:
     policy: Policy | None = None            # is trained
     reference: Policy | None = None         # the frozen start model, with kl_coef
     optimizer: torch.optim.Optimizer | None = None
-    rank: int = 0
-    world: int = 1                          # number of processes
     reward: Callable = data.task_reward     # (response, sample) -> (reward, accuracy, format)
     weigh: Callable = weigh_tokens          # (group, logits, settings) -> (G, R)
     position: int = 0                       # prompts that all processes took from the stream
@@ -469,11 +466,9 @@ def score_group(run: Run, group: Group) -> None:
     reward, group.accuracy, group.format = scores.T
     group.reward = reward + overlong_penalty(mask.sum(1), s.max_new_tokens, s.overlong_buffer)
     group.advantages = group_advantages(group.reward)
-    # With alpha 0 the attention was not recorded.
-    group.crucial = torch.zeros(rollout.encoded.num_frames, dtype=torch.bool, device=mask.device)
-    if s.alpha:
-        group.crucial = crucial_frames(rollout.frame_attention, mask, group.accuracy, k1=s.k1,
-                                       k2=s.k2, threshold=s.threshold, strategy=s.strategy)
+    crucial = crucial_frames(rollout.frame_attention, mask, group.accuracy, k1=s.k1, k2=s.k2,
+                             threshold=s.threshold, strategy=s.strategy)
+    group.crucial = crucial & (s.alpha > 0)     # at alpha 0 none: the attention was not recorded
 
 
 def collect_groups(run: Run, batches: Iterator[Batch]) -> tuple[list[Group], list[dict]]:
@@ -483,8 +478,7 @@ def collect_groups(run: Run, batches: Iterator[Batch]) -> tuple[list[Group], lis
     by those of further batches. If there are too few of them, the step has fewer groups.
     """
     s, groups, skipped = run.settings, [], []
-    most_batches = 1 + s.max_resamples if s.dynamic_sampling else 1
-    for _ in range(most_batches):
+    for _ in range(1 + s.max_resamples):        # once, without dynamic sampling
         prompts, skipped_here = next(batches)                                   # step 1
         run.position += s.prompts_per_step
         run.lap("wait")
@@ -497,7 +491,7 @@ def collect_groups(run: Run, batches: Iterator[Batch]) -> tuple[list[Group], lis
         groups += new_groups
         skipped += model_utils.gather_lists(skipped_here)
         positions = model_utils.gather_lists([group.position for group in groups])
-        if len(positions) >= s.prompts_per_step:
+        if not s.dynamic_sampling or len(positions) >= s.prompts_per_step:
             break
     # Of a surplus, all processes keep the same groups: the first ones of the stream.
     chosen = sorted(positions)[:s.prompts_per_step]
@@ -548,17 +542,16 @@ def update(run: Run, groups: list[Group]) -> list[float]:
         add_baseline_log_probs(run, group)     # baselines only
     norms = []
     for number in range(s.updates_per_batch):
-        first = number == 0
         for group in computed:
             log_probs, logits = run.policy(     # both at the temperature of sampling
                 group.rollout.encoded, group.rollout.response_ids, group.rollout.response_mask,
-                keep_logits=first and s.alpha > 0)
-            if first:
+                keep_logits=number == 0 and s.alpha > 0)
+            if number == 0:
                 fix_constants(run, group, log_probs, logits)                    # step 5
             del logits      # large
             loss, metrics = group_loss(run, group, log_probs)                   # step 6
             # FSDP averages over the processes; what we want is the mean over all groups.
-            (loss * group.loss_scale * run.world / total).backward()
+            (loss * group.loss_scale * dist.get_world_size() / total).backward()
             group.updates.append({name: value.item() for name, value in metrics.items()})
         norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), s.max_grad_norm)
         norms.append(norm.full_tensor().item())     # FSDP2 gives a DTensor
@@ -603,10 +596,12 @@ def train(s: Settings, reward: Callable = data.task_reward,
     steps = s.steps or math.ceil(s.epochs * len(samples) / s.prompts_per_step)
     # All processes call the folder's methods, and the first one writes. With --resume, its step and
     # position are those of the newest checkpoint. The number of samples sets the order of prompts.
-    settings = asdict(s) | {"samples": len(samples)}
-    folder = model_utils.RunFolder(s.output, settings, may_differ=may_differ(s))
+    folder = model_utils.RunFolder(s.output, vars(s) | {"samples": len(samples)}, may_differ(s))
     with open_reader(s) as reader, model_utils.stop_signals() as stop_requests:
+        stream = prompt_stream(s, samples, folder.position, rank, world)
+        decoded = data.decode_ahead(reader, stream)     # begins before the model is loaded
         model, tokenizer = model_utils.load_model(s.model, device)
+        batches = data.build_prompts(decoded, tokenizer, s.max_prompt_tokens)
         run = set_up(s, model, tokenizer, reward, weigh)
         run.position = folder.position
         folder.start_or_resume(model, run.policy, run.optimizer)
@@ -614,8 +609,6 @@ def train(s: Settings, reward: Callable = data.task_reward,
             folder.log("held_out", score_held_out(run, held_out, reader))
         if rank == 0:
             print(f"training on {world} x {device.type}")
-        stream = prompt_stream(s, samples, folder.position, rank, world)
-        batches = data.read_prompts(reader, stream, tokenizer, s.max_prompt_tokens)
         bar = tqdm(range(folder.step + 1, steps + 1), s.algorithm, steps, initial=folder.step,
                    disable=rank > 0)
         for step in bar:
@@ -624,7 +617,8 @@ def train(s: Settings, reward: Callable = data.task_reward,
             folder.step, folder.position = step, run.position
             folder.log("metrics", metrics | {"learning_rate": rate})
             folder.log("skipped", *skipped)
-            folder.log("samples", *describe(groups, tokenizer))
+            if groups:
+                folder.log("samples", describe(groups, tokenizer))
             bar.set_postfix(accuracy=metrics.get("accuracy"), reward=metrics.get("reward"))
             # Raises an error after three steps without a finite gradient, or if over 5% of the
             # samples cannot be read.
@@ -711,8 +705,7 @@ def set_up(s: Settings, model, tokenizer, reward: Callable = data.task_reward,
     fused = model.device.type == "cuda" and not s.cpu_offload
     optimizer = torch.optim.AdamW(policy.parameters(), lr=s.learning_rate, betas=(0.9, s.beta2),
                                   weight_decay=0.0, fused=fused)
-    return Run(s, model, tokenizer, policy, reference, optimizer, rank=dist.get_rank(),
-               world=dist.get_world_size(), reward=reward, weigh=weigh)
+    return Run(s, model, tokenizer, policy, reference, optimizer, reward=reward, weigh=weigh)
 
 
 def plan_passes(run: Run, groups: list[Group]) -> tuple[list[Group], int, bool]:
@@ -732,15 +725,11 @@ def plan_passes(run: Run, groups: list[Group]) -> tuple[list[Group], int, bool]:
     finite = all(g.rollout.log_probs.isfinite().all() for g in groups)
     of_processes = model_utils.all_gather((len(active), len(groups), finite))
     active_counts, group_counts, all_finite = zip(*of_processes)
-    dummies = [dummy_group(run) for _ in range(max(1, *active_counts) - len(active))]
+    # One response of one token. Several passes may take the same one.
+    dummy = Group(-1, None, model_utils.dummy_rollout(run.model), loss_scale=0.0,
+                  advantages=torch.zeros(1, device=run.model.device))
+    dummies = [dummy] * (max(1, *active_counts) - len(active))
     return active + dummies, sum(group_counts), all(all_finite)
-
-
-def dummy_group(run: Run) -> Group:
-    """The smallest group that a policy can take: one prompt token and one response of one token."""
-    rollout = model_utils.dummy_rollout(run.model)
-    zero = torch.zeros(1, device=run.model.device)
-    return Group(position=-1, prompt=None, rollout=rollout, loss_scale=0.0, advantages=zero)
 
 
 def set_learning_rate(run: Run, step: int, steps: int) -> float:
@@ -774,17 +763,15 @@ def random_numbers(seed: int, purpose: int, position: int) -> np.random.Generato
 def prompt_stream(s: Settings, samples: list[data.Sample], start: int, rank: int,
                   world: int) -> Iterator[dict[int, data.Sample]]:
     """This process's share of endless batches, by position; reshuffled every epoch."""
-    @lru_cache(2)       # a batch may reach into the next epoch
-    def order(epoch: int) -> np.ndarray:
-        return random_numbers(s.seed, ORDER, epoch).permutation(len(samples))
+    def shuffled() -> Iterator[data.Sample]:
+        for epoch in count():
+            for index in random_numbers(s.seed, ORDER, epoch).permutation(len(samples)):
+                yield samples[index]
 
+    stream = islice(enumerate(shuffled()), start, None)     # by position, from the start on
     while True:
-        batch = {}
-        for position in range(start + rank, start + s.prompts_per_step, world):
-            epoch, index = divmod(position, len(samples))
-            batch[position] = samples[order(epoch)[index]]
-        yield batch
-        start += s.prompts_per_step
+        batch = list(islice(stream, s.prompts_per_step))    # of all processes
+        yield dict(batch[rank::world])
 
 
 def open_reader(s: Settings) -> data.VideoReader:
@@ -802,6 +789,15 @@ def may_differ(s: Settings) -> set[str]:
     return set(names.split())
 
 
+def means(records: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each figure over the records that have it."""
+    columns = defaultdict(list)
+    for record in records:
+        for name, value in record.items():
+            columns[name].append(value)
+    return {name: float(np.mean(values)) for name, values in columns.items()}
+
+
 def group_metrics(run: Run, group: Group) -> dict[str, float]:
     """For metrics.jsonl. A group that was not computed has loss 0 and no other loss metrics."""
     rollout, mask = group.rollout, group.rollout.response_mask
@@ -811,18 +807,17 @@ def group_metrics(run: Run, group: Group) -> dict[str, float]:
         "format": group.format.mean(), "entropy": masked_mean(rollout.entropy, mask),
         "response_length": mask.sum(1).float().mean(),
         "truncated": 1 - ended.any(1).float().mean(),
-        "zero_variance_groups": (group.reward == group.reward[0]).all(),
+        "zero_variance_groups": not group.advantages.any(),
         "crucial_frames": group.crucial.sum(), "loss": 0.0}
     if group.updates:
-        gap = (group.old_log_probs - rollout.log_probs).where(mask, 0.0)    # policy against model
+        gap = group.old_log_probs - rollout.log_probs   # policy against model; 0 in the padding
         outside = ((gap.exp() - 1).abs() > 0.1).float()         # ratios outside 0.9 to 1.1
         metrics |= {"token_weight_mean": masked_mean(group.token_weights, mask),
                     "token_weight_max": group.token_weights.max(),
                     "rollout_logprob_gap": gap.abs().max(),
                     "rollout_logprob_gap_mean": masked_mean(gap.abs(), mask),
                     "rollout_ratio_outside": masked_mean(outside, mask)}
-        for name in group.updates[0]:
-            metrics[name] = np.mean([of_update[name] for of_update in group.updates])
+        metrics |= means(group.updates)
     return {name: float(value) for name, value in metrics.items()}
 
 
@@ -830,34 +825,28 @@ def batch_metrics(run: Run, groups: list[Group], seconds: float) -> dict[str, fl
     """The mean of each metric over the groups that have it; of two metrics, the maximum."""
     gathered = model_utils.gather_lists([(g.position, group_metrics(run, g)) for g in groups])
     # In the order of the stream, so that the sums are the same for any number of processes.
-    in_order = sorted(gathered)     # positions are unique
-    columns = defaultdict(list)
-    for _, metrics in in_order:
-        for name, value in metrics.items():
-            columns[name].append(value)
-    result = {name: float(np.mean(values)) for name, values in columns.items()}
+    records = [record for _, record in sorted(gathered)]    # positions are unique
+    metrics = means(records)
     for name in ("token_weight_max", "rollout_logprob_gap"):
-        result[name] = max(columns[name], default=0.0)
-    tokens = sum(columns["response_length"]) * run.settings.group_size
-    return result | {"groups": len(in_order), "samples_per_second": len(in_order) / seconds,
-                     "tokens_per_second": tokens / seconds}
+        metrics[name] = max((r[name] for r in records if name in r), default=0.0)
+    rate, tokens = len(records) / seconds, metrics.get("response_length", 0.0)
+    return metrics | {"groups": len(records), "samples_per_second": rate,
+                      "tokens_per_second": rate * tokens * run.settings.group_size}
 
 
-def describe(groups: list[Group], tokenizer) -> list[dict]:
+def describe(groups: list[Group], tokenizer) -> dict:
     """For samples.jsonl: one group with its token weights, if possible one that was computed."""
-    if not groups:
-        return []
     group = max(groups, key=lambda group: len(group.updates))
     sample, responses = group.prompt.sample, []
     for i, real in enumerate(group.rollout.response_mask):
-        ids = group.rollout.response_ids[i][real].tolist()
+        ids = group.rollout.response_ids[i, real].tolist()
         responses.append({
             "text": group.texts[i], "tokens": tokenizer.convert_ids_to_tokens(ids),
             "reward": group.reward[i].item(), "accuracy": group.accuracy[i].item(),
             "format": group.format[i].item(), "advantage": group.advantages[i].item(),
-            "weights": group.token_weights[i][real].tolist() if group.updates else None})
-    return [{"id": sample.id, "question": sample.question, "answer": sample.answer,
-             "crucial_frames": group.crucial.nonzero().flatten().tolist(), "responses": responses}]
+            "weights": group.token_weights[i, real].tolist() if group.updates else None})
+    return {"id": sample.id, "question": sample.question, "answer": sample.answer,
+            "crucial_frames": group.crucial.nonzero().flatten().tolist(), "responses": responses}
 
 
 def print_summary(folder: model_utils.RunFolder, s: Settings) -> None:
@@ -896,17 +885,12 @@ def score_prompts(run: Run, prompts: dict[int, data.Prompt]) -> list[dict[str, f
 def score_held_out(run: Run, samples: list[data.Sample], reader: data.VideoReader) -> dict:
     """Means over the held-out samples of all processes. Each call uses the same random numbers."""
     s, scores = run.settings, []
-    share = dict(list(enumerate(samples))[run.rank::run.world])
-    batches = data.in_batches(share, s.rollout_groups)
-    for prompts, _ in data.read_prompts(reader, batches, run.tokenizer, s.max_prompt_tokens):
+    share = dict(list(enumerate(samples))[dist.get_rank()::dist.get_world_size()])
+    decoded = data.decode_ahead(reader, data.in_batches(share, s.rollout_groups))
+    for prompts, _ in data.build_prompts(decoded, run.tokenizer, s.max_prompt_tokens):
         scores += score_prompts(run, prompts)
     scores = model_utils.gather_lists(scores)
-    record = {"samples": len(scores), "skipped": len(samples) - len(scores)}
-    for name in ("accuracy", "top1", "topk"):
-        values = [score[name] for score in scores if name in score]
-        if values:
-            record[name] = float(np.mean(values))
-    return record
+    return {"samples": len(scores), "skipped": len(samples) - len(scores)} | means(scores)
 
 
 def make_built_in_data(s: Settings) -> None:
@@ -930,18 +914,15 @@ def make_built_in_model(s: Settings) -> None:
         rng = random_numbers(s.seed, HELD_OUT, n)
         prompts[n], _ = data.toy_prompt(rng, tokenizer, true_frame=n % 8)
 
-    def new_model(attempt: int):
-        """New random weights in each attempt, since some do not learn."""
-        return model_utils.tiny_model(texts, s.seed + 1000 * attempt)[0]
-
     def measure(model) -> tuple[float, float]:
         """(accuracy, share of responses that attend most to the true frame)"""
-        scores = score_prompts(Run(Settings(**TINY), model, tokenizer), prompts)
-        return tuple(float(np.mean([score[name] for score in scores]))
-                     for name in ("accuracy", "top1"))
+        scores = means(score_prompts(Run(Settings(**TINY), model, tokenizer), prompts))
+        return scores["accuracy"], scores["top1"]
 
-    stages = data.toy_stages(tokenizer, s.seed)
-    model = model_utils.warm_up(new_model, stages, measure)
+    model = model_utils.warm_up(
+        # New random weights in each attempt, since some do not learn.
+        lambda attempt: model_utils.tiny_model(texts, s.seed + 1000 * attempt)[0],
+        data.toy_stages(tokenizer, s.seed), measure)
     model_utils.save_checkpoint(folder, model, tokenizer)
     # Other tools read the picture settings from this file.
     pictures = data.picture_settings(TINY["min_pixels"], TINY["max_pixels"])
@@ -963,27 +944,26 @@ class Parser(HfArgumentParser):
         self.exit(2, f"{self.prog}: {model_utils.printable(line)}\n")
 
 
-def is_tiny(model: str | None, toy_folder: str) -> bool:
-    """Whether this is the built-in model, or was trained from it."""
-    config = Path(model or f"{toy_folder}/model") / "config.json"
-    if not config.is_file():
-        return model is None        # without --model it will be made
-    return '"appo_built_in": true' in config.read_text(errors="replace")
+def is_tiny(model: str | None) -> bool:
+    """Whether this is the built-in model, which is the default, or was trained from it."""
+    if model is None:
+        return True
+    config = Path(model, "config.json")
+    return config.is_file() and '"appo_built_in": true' in config.read_text(errors="replace")
 
 
 def parse_settings(arguments: list[str] | None = None, prog: str | None = None) -> Settings:
     """Settings from the command line. Raises RunError for invalid values."""
     parser = Parser(Settings, prog=prog, description=Settings.__doc__, allow_abbrev=False)
+    # Some options decide the defaults of others, so the arguments are read twice.
     first = parser.parse_args(arguments)
-    if is_tiny(first.model, first.toy_folder):
+    folder = Path(first.toy_folder)
+    parser.set_defaults(model=str(folder / "model"), output=f"runs/{first.algorithm}")
+    if first.data is None:
+        parser.set_defaults(data=str(folder / "train.json"), eval_data=str(folder / "test.json"))
+    if is_tiny(first.model):
         parser.set_defaults(**TINY)
     s = Settings(**vars(parser.parse_args(arguments)))
-    folder = Path(s.toy_folder)
-    s.model = s.model or str(folder / "model")
-    if s.data is None:
-        s.data = str(folder / "train.json")
-        s.eval_data = s.eval_data or str(folder / "test.json")
-    s.output = s.output or f"runs/{s.algorithm}"
     check_settings(s)
     return s
 
@@ -998,13 +978,12 @@ def check_settings(s: Settings) -> None:
         if not condition:
             raise RunError(f"--{name} {getattr(s, name)}: {fix}")
 
-    for name, value in asdict(s).items():
-        if type(value) not in (int, float):
-            continue
-        if name in MAY_BE_ZERO:
-            check(0 <= value < math.inf, name, "give a number of at least 0")
-        else:
-            check(0 < value < math.inf, name, "give a number above 0")
+    for name, value in vars(s).items():
+        if type(value) in (int, float):
+            if name in MAY_BE_ZERO:
+                check(0 <= value < math.inf, name, "give a number of at least 0")
+            else:
+                check(0 < value < math.inf, name, "give a number above 0")
     check(s.min_pixels <= s.max_pixels, "min_pixels", f"above --max_pixels {s.max_pixels}; lower "
           "--min_pixels")
     for name in ("clip_low", "beta2"):

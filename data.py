@@ -12,22 +12,20 @@ import gc
 import json
 import logging
 import math
-import multiprocessing
 import os
+import pickle
+import random
 import re
 import signal
 import subprocess
 import sys
 import threading
-import zlib
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
-from fractions import Fraction
-from functools import cache, cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain, islice, pairwise
-from multiprocessing.connection import Connection
 from pathlib import Path
 from string import ascii_uppercase as LETTERS
 from typing import Callable, Iterable, Iterator
@@ -37,7 +35,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 Grid = tuple[int, int, int]  # (t, h, w): visual frames, rows and columns of patches
 Span = tuple[float, float]  # (start, end) in seconds
@@ -65,7 +62,7 @@ class Sample:
     video: str | None = None
     image: str | None = None
     missing: list[str] = field(default_factory=list)  # paths not found; video or image is None
-    duration: float | None = None  # as annotated
+    duration: float | None = None  # as annotated, for grounding
     spans: list[Span] = field(default_factory=list)  # where clues to the answer are
     group: str = ""  # for tables by task
     crucial_frame: int | None = None  # built-in task: the visual frame that shows the answer
@@ -74,46 +71,36 @@ class Sample:
     overall: str = "questions"  # what a benchmark's overall mean is over: "questions" or "tasks"
 
 
-SURROGATE = re.compile(r"[\ud800-\udfff]")
-LETTERED = re.compile(r"(?:\(([A-Z])\)|([A-Z])[.):])\s*(.*)")  # "A. book", "(A) book"
-
-
 def clean(value) -> str:
-    """The text without spaces at its ends; "" if the value is not text in valid Unicode."""
-    is_text = isinstance(value, str) and (value.isascii() or not SURROGATE.search(value))
-    return value.strip() if is_text else ""
+    """The text without spaces at its ends and without lone surrogates; "" if it is no text."""
+    if not isinstance(value, str):
+        return ""
+    return (value if value.isascii() else value.encode(errors="ignore").decode()).strip()
 
 
 @dataclass(slots=True)
 class Record:
     """The fields of one annotation record. Each is checked when it is read."""
-    path: Path
-    file: str  # its name in messages
-    number: int  # from 0
+    id: str  # "train.json:12"
+    stem: str  # of the file's name, "train"
     fields: dict
-
-    @property
-    def id(self) -> str:
-        return f"{self.file}:{self.number}"
 
     def check(self, condition, name: str, fix: str) -> None:
         if not condition:
-            raise DataError(f"{self.file}, record {self.number}, field {name!r}: {fix}")
+            raise DataError(f"record {self.id}, field {name!r}: {fix}")
 
     def text(self, name: str, default: str | None = None) -> str:
         value = self.fields.get(name)
         text = clean(str(value) if type(value) in (int, float) else value) or default
-        self.check(text is not None, name, "missing or no text; write a non-empty string of valid "
-                   "Unicode")
+        self.check(text is not None, name, "missing or no text; write a non-empty string")
         return text
 
-    def seconds(self, name: str) -> float | None:
-        value = self.fields.get(name)
-        if value is None:
-            return None
-        finite = type(value) in (int, float) and abs(value) < 1e9
-        self.check(finite, name, "not a finite number; write seconds")
-        return float(value)
+    __getitem__ = text
+
+    def number(self, name: str) -> float:
+        value = parse_number(self[name])
+        self.check(value is not None, name, "write a number")
+        return value
 
     def texts(self, name: str) -> list[str]:
         """A list of strings, each made one line."""
@@ -129,31 +116,28 @@ class Record:
         count = len(texts)
         self.check(2 <= count <= 26, name, f"{count} options; a choice needs 2 to 26")
         words = []
-        for letter, text in zip(LETTERS, texts):
-            match = LETTERED.fullmatch(text)
-            if match is None or letter not in match.group(1, 2):
+        for own_letter, text in zip(LETTERS, texts):
+            letter, rest = split_letter(text)
+            if letter != own_letter or not rest:
                 return texts
-            words.append(match[3])
+            words.append(rest)
         return words
 
     def answer(self, name: str) -> str:
         """The text, or what stands in its <answer> element."""
         text = self.text(name)
-        if "<answer>" in text:
-            text = element_text(text, "answer") or ""
-        return text
+        return element_text(text, "answer") or text
 
     def letter(self, name: str, options: list[str], counted: bool = False) -> str:
         """The letter of the option that the field names: by letter, by words or, if counted, by
         index from 0."""
-        value = str(self.fields.get(name))
-        if counted and re.fullmatch("[0-9]{1,2}", value):
-            index = int(value)
-        else:
-            index = match_choice(self.answer(name), options)
-        self.check(index is not None and index < len(options), name,
-                   f"{value[:60]!r} names none of the {len(options)} options; write a letter")
-        return LETTERS[index]
+        answer = self.answer(name)
+        if counted and answer in list("0123456789")[:len(options)]:
+            return LETTERS[int(answer)]
+        letter = match_choice(answer, options)
+        self.check(letter, name, f"{answer[:60]!r} names none of the {len(options)} options; write "
+                   "a letter")
+        return letter
 
 
 # The readers of the formats: record -> Sample, or None if no rule can score a response to it.
@@ -161,35 +145,32 @@ class Record:
 
 def read_video_r1(record: Record) -> Sample | None:
     """Video-R1, Perception Test as released in the same form, and the built-in task."""
-    kind, options = "choice", []
-    problem_type = record.text("problem_type")
+    problem_type = record["problem_type"]
     if problem_type in ("OCR", "free-form"):
         return None
     if problem_type == "multiple choice":
-        options = record.options("options")
+        kind, options = "choice", record.options("options")
         answer = record.letter("solution", options)
     else:
         record.check(problem_type in ("numerical", "regression"), "problem_type",
-                     f"{problem_type[:60]!r} is unknown; use multiple choice, numerical, "
-                     "regression, OCR or free-form")
-        kind = "number"
+                     "use multiple choice, numerical, regression, OCR or free-form")
+        kind, options = "number", []
         answer = record.answer("solution")
         if parse_number(answer) is None or re.search(r"\s\d", answer):  # "1 1/2", "3 x 10^5"
             return None
-    medium = record.text("data_type")
+    medium = record["data_type"]
     record.check(medium in ("video", "image"), "data_type", "write video or image")
     crucial = record.fields.get("crucial_frame")
     counted = crucial is None or type(crucial) is int and crucial >= 0
     record.check(counted, "crucial_frame", "write an integer, counted from 0")
-    return Sample(record.id, record.text("problem"), options, answer, kind,
-                  duration=record.seconds("duration"), crucial_frame=crucial,
-                  group=record.text("data_source", problem_type), **{medium: record.text("path")})
+    return Sample(record.id, record["problem"], options, answer, kind, crucial_frame=crucial,
+                  group=record.text("data_source", problem_type), **{medium: record["path"]})
 
 
 def counted_choice(record: Record, options: list[str], answer_field: str, group_field: str,
                    kind: str = "choice", **fields) -> Sample:
     """A choice whose answer is the option's index from 0."""
-    return Sample(record.id, record.text("question"), options,
+    return Sample(record.id, record["question"], options,
                   record.letter(answer_field, options, counted=True), kind,
                   group=record.text(group_field, ""), **fields)
 
@@ -203,27 +184,27 @@ def read_next_gqa(record: Record) -> Sample:
         spans = []
     ordered = spans and all(start <= end < 1e9 for start, end in spans)
     record.check(ordered, "time_clues", "write [[start, end], ...] in seconds, start first")
-    duration = record.seconds("duration")
-    record.check(duration and duration > 0, "duration", "write the video's seconds, above 0")
+    duration = record.number("duration")
+    record.check(duration > 0, "duration", "write the video's seconds, above 0")
     return counted_choice(record, options, "answer", "qtype", kind="grounding",
-                          video=record.text("video_path"), duration=duration, spans=spans)
+                          video=record["video_path"], duration=duration, spans=spans)
 
 
 def read_seed_bench_r1(record: Record) -> Sample:
-    if record.fields.get("golden_choice_idx") is None:
-        options, answer = shuffled_options(record)
-    else:
-        options = [record.text(f"choice_{letter}") for letter in "abcd"]
+    if record.fields.get("golden_choice_idx"):
+        options = [record[f"choice_{letter}"] for letter in "abcd"]
         answer = record.letter("golden_choice_idx", options)
-    source = record.text("video_source")
+    else:
+        options, answer = shuffled_options(record)
+    source = record["video_source"]
     progress = record.fields.get("task_progress_metadata")
     record.check(isinstance(progress, list), "task_progress_metadata", "no list; write one")
-    # At the start of a task there is a picture only, and the duration is 0.
-    video = f"videos/{source}/{record.text('video_basename')}" if progress else None
-    level = re.search("L[123]", record.path.stem)
-    return Sample(record.id, record.text("question"), options, answer, "choice", video=video,
-                  image=f"images/{source}/{record.text('current_observation_basename')}",
-                  duration=record.seconds("duration") or None, group=level[0] if level else source)
+    # At the start of a task there is a picture only.
+    video = f"videos/{source}/{record['video_basename']}" if progress else None
+    level = re.search("L[123]", record.stem)
+    return Sample(record.id, record["question"], options, answer, "choice", video=video,
+                  image=f"images/{source}/{record['current_observation_basename']}",
+                  group=level[0] if level else source)
 
 
 def shuffled_options(record: Record) -> tuple[list[str], str]:
@@ -231,14 +212,14 @@ def shuffled_options(record: Record) -> tuple[list[str], str]:
 
     The shuffle follows from the record's own content, so it is the same in every run and file.
     """
-    correct = " ".join(record.text("answer").split())
+    correct = " ".join(record["answer"].split())
     incorrect = [words for words in dict.fromkeys(record.texts("negative_answers"))
                  if plain_words(words) != plain_words(correct)]
     count = len(incorrect)
     record.check(count >= 3, "negative_answers", f"{count} incorrect answers; write at least 3")
-    rng = np.random.default_rng(zlib.crc32(f"{record.text('question')}\n{correct}".encode()))
-    options = [correct] + [incorrect[i] for i in rng.choice(count, 3, replace=False)]
-    options = [options[i] for i in rng.permutation(4)]
+    rng = random.Random(f"{record['question']}\n{correct}")
+    options = [correct, *rng.sample(incorrect, 3)]
+    rng.shuffle(options)
     return options, LETTERS[options.index(correct)]
 
 
@@ -246,12 +227,12 @@ def read_perception_test(record: Record) -> Sample | None:
     if "problem" in record.fields:  # in Video-R1's form; here only with benchmark="perception_test"
         return read_video_r1(record)
     return counted_choice(record, record.options("options"), "answer_id", "area",
-                          video=f"{record.text('video_name')}.mp4")
+                          video=f"{record['video_name']}.mp4")
 
 
 def read_next_qa(record: Record) -> Sample:
-    options = [record.text(f"a{i}") for i in range(5)]
-    return counted_choice(record, options, "answer", "type", video=f"{record.text('video')}.mp4")
+    options = [record[f"a{i}"] for i in range(5)]
+    return counted_choice(record, options, "answer", "type", video=f"{record['video']}.mp4")
 
 
 # Where MVBench keeps the videos of its 20 tasks. Two tasks may hold different videos of one name.
@@ -272,30 +253,28 @@ MVBENCH_PROMPT = (
 
 def read_mvbench(record: Record) -> Sample:
     options = record.options("candidates")
-    words = record.text("answer")
-    if words in options:  # "A" may be an option's words: words come before letters here
-        answer = LETTERS[options.index(words)]
-    else:
-        answer = record.letter("answer", options)
-    task = record.text("task", re.sub("_[0-9]+$", "", record.path.stem))
+    words = " ".join(record["answer"].split())  # no letter, though "A" may be an option's words
+    record.check(words in options, "answer", f"{words[:60]!r} is none of the candidates")
+    task = record.text("task", record.stem)
     folders = [folder for folder, tasks in MVBENCH_FOLDERS.items() if task in tasks.split()]
-    bounds = record.seconds("start"), record.seconds("end")
-    return Sample(record.id, MVBENCH_PROMPT + record.text("question"), options, answer, "choice",
-                  video="/".join(["video", *folders, record.text("video")]), group=task,
-                  by_name=False, bounds=None if None in bounds else bounds)
+    bounds = None
+    if record.fields.get("start") is not None:
+        bounds = record.number("start"), record.number("end")
+    return Sample(record.id, MVBENCH_PROMPT + record["question"], options,
+                  LETTERS[options.index(words)], "choice", group=task, by_name=False,
+                  video=f"video/{'/'.join(folders)}/{record['video']}", bounds=bounds)
 
 
 def read_vsi_bench(record: Record) -> Sample:
     if record.fields.get("options"):
-        kind = "choice"
-        options = record.options("options")
+        kind, options = "choice", record.options("options")
         answer = record.letter("ground_truth", options)
     else:
         kind, options = "number", []
-        answer = record.text("ground_truth")
-        record.check(parse_number(answer) is not None, "ground_truth", "write a number")
-    return Sample(record.id, f"These are frames of a video.\n{record.text('question')}", options,
-                  answer, kind, video=f"{record.text('dataset')}/{record.text('scene_name')}.mp4",
+        answer = record["ground_truth"]
+        record.number("ground_truth")  # checks that it is one
+    return Sample(record.id, f"These are frames of a video.\n{record['question']}", options,
+                  answer, kind, video=f"{record['dataset']}/{record['scene_name']}.mp4",
                   group=record.text("question_type", ""), overall="tasks")
 
 
@@ -310,125 +289,97 @@ FORMATS = {  # name: (a field that only this format has, its reader)
 }
 
 
-def reader_of(record: Record) -> Callable[[Record], Sample | None]:
-    for mark, reader in FORMATS.values():
-        if mark in record.fields:
-            return reader
-    marks = ", ".join(f"{name} has {mark!r}" for name, (mark, _) in FORMATS.items())
-    fields = ", ".join(map(repr, record.fields))
-    raise DataError(f"{record.id}: no known format; {marks}; this has {fields[:200]}")
+def read_sample(record: Record, benchmark: str | None) -> Sample | None:
+    """By the benchmark's reader, or by that of the format which the record's fields tell."""
+    for name, (mark, reader) in FORMATS.items():
+        if name == benchmark or benchmark is None and mark in record.fields:
+            return reader(record)
+    marks = ", ".join(repr(mark) for mark, _ in FORMATS.values())
+    raise DataError(f"record {record.id}: no known format; those have one of the fields {marks}")
 
 
-def json_records(content) -> Iterator:
-    """Of a list, or of Perception Test's {video: {"mc_question": [record, ...]}, ...}."""
-    if isinstance(content, dict):
-        for name, video in content.items():
-            for question in video["mc_question"]:
-                yield {"video_name": name, **question}
-        return
-    if not isinstance(content, list):
-        raise ValueError("not a list of records")
-    content.reverse()
-    while content:
-        yield content.pop()  # a large list is freed while its samples are made
-
-
-def file_records(path: Path) -> Iterator:
+def file_records(path: Path) -> Iterator[dict]:
+    """The records of a .json, .jsonl or .csv file."""
     with open(path, encoding="utf-8-sig", newline="") as file:
-        if path.suffix == ".json":
-            yield from json_records(json.load(file))
-        elif path.suffix == ".csv":
+        if path.suffix == ".csv":
             yield from csv.DictReader(file)
-        else:
+        elif path.suffix != ".json":
             yield from map(json.loads, filter(str.strip, file))
+        else:
+            content = json.load(file)
+            if not isinstance(content, dict):
+                yield from content
+                return
+            # Perception Test: {video: {"mc_question": [record, ...]}, ...}
+            for name, video in content.items():
+                for question in video["mc_question"]:
+                    yield {"video_name": name, **question}
 
 
-def read_records(path: Path, name: str) -> Iterator[Record]:
-    """The records of a .json, .jsonl or .csv file. Raises DataError."""
+def read_records(path: Path) -> Iterator[dict]:
+    """`file_records` that raises DataError."""
     number = 0
     try:
         for fields in file_records(path):
-            if not isinstance(fields, dict):
-                raise ValueError('a record is {"problem": ..., ...}')
-            yield Record(path, name, number, fields)
+            yield {**fields}  # a TypeError unless it is a record
             number += 1
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); give an annotation, .json, "
-                        ".jsonl or .csv") from None
-    except (ValueError, KeyError, TypeError, RecursionError, csv.Error) as error:
+    except Exception as error:  # of the file system, the encoding, JSON, CSV or the structure
         cause = " ".join(str(error).split())[:200]
-        raise DataError(f"{path}, read up to record {number}: no list of records in UTF-8 JSON or "
-                        f"CSV ({cause}); is the file complete? One list is .json, "
-                        "one record per line .jsonl") from None
-
-
-def names_in(folder: str) -> set[str]:
-    """Names of files and folders, without broken symbolic links; none if it cannot be listed."""
-    try:
-        return {entry.name for entry in os.scandir(folder)
-                if not entry.is_symlink() or os.path.exists(entry.path)}
-    except (OSError, ValueError):  # ValueError: a null character
-        return set()
+        raise DataError(f"{path}: cannot be read from record {number} on ({cause}); give a list of "
+                        "records in UTF-8: a complete JSON (.json), one JSON per line (.jsonl) or "
+                        "a .csv") from None
 
 
 class FileFinder:
-    """Finds the files of a data set, which may hold symbolic links."""
+    """Finds the files of a data set, which may be or lie behind symbolic links."""
 
-    def __init__(self, root: str | None):
-        self.root = root
-        self.names_in = cache(names_in)  # data sets may ask for some 100,000 files of one folder
+    def __init__(self, root):
+        self.root = root and str(Path(root))
         self.found_by_name: dict[str, str] = {}  # path as annotated -> place
-
-    def exists(self, path: str) -> bool:
-        folder, _, name = path.rpartition("/")
-        return name in self.names_in(folder + "/")      # also of "/name", where the folder is ""
 
     @cached_property
     def path_of_name(self) -> dict[str, str | None]:
         """Name -> path for the whole tree, walked once, when a file is first not at its path."""
         paths, walked = {}, set()
-        for folder, folders, _ in os.walk(self.root, followlinks=True):
+        for folder, folders, files in os.walk(self.root, followlinks=True):
             real = os.path.realpath(folder)
             if real in walked:  # by a link, perhaps to a folder above
                 folders.clear()
                 continue
             walked.add(real)
-            for name in self.names_in(folder + "/"):
-                # Neither of two files with one name: they may be different videos.
-                paths[name] = None if name in paths else os.path.join(folder, name)
+            for name in folders + files:
+                place = os.path.join(folder, name)
+                if os.path.exists(place):  # not of a broken link
+                    # Neither of two files with one name: they may be different videos.
+                    paths[name] = None if name in paths else place
         return paths
 
-    def find(self, path: str, annotation: Path, by_name: bool) -> str | None:
-        """Below the root as written, then by ever shorter tails, then by name. Without a root: from
-        the annotation's folder, as written."""
+    def find(self, path: str, folder: str, by_name: bool) -> str | None:
+        """The longest tail of the path that exists below the root, or else the only file there that
+        has its name. Without a root: from the annotation's folder, as written."""
         if self.root is None:
-            place = os.path.join(annotation.parent, path).rstrip("/")
-            return place if self.exists(place) else None
-        names = [name for name in path.split("/") if name not in ("", ".")]
-        for start in range(len(names) - (not by_name)):     # the last tail is the name alone
-            place = os.path.join(self.root, *names[start:])
-            if self.exists(place):
-                if 0 < start == len(names) - 1:
-                    self.found_by_name[path] = place
-                return place
-        place = self.path_of_name.get(names[-1]) if by_name and names else None
-        if place is not None:
-            self.found_by_name[path] = place
+            place = os.path.join(folder, path)
+            return place if os.path.exists(place) else None
+        names = [name for name in path.split("/") if name not in ("", ".", "..")]
+        for start in range(len(names) - (not by_name)):  # the last tail is the name alone
+            place = f"{self.root}/{'/'.join(names[start:])}"
+            if os.path.exists(place):
+                break
+        else:
+            place = self.path_of_name.get(names[-1]) if by_name and names else None
+        if place and not place.endswith(f"/{'/'.join(names[-2:])}"):
+            self.found_by_name[path] = place  # in a folder of another name
         return place
 
-    def locate(self, record: Record, sample: Sample) -> None:
+    def locate(self, sample: Sample, folder: str) -> None:
         """Replaces the sample's paths by those of its files; what is not found is missing."""
         for medium in ("video", "image"):
             path = getattr(sample, medium)
-            if path is None:
-                continue
-            if self.root is not None and ".." in path.split("/"):
-                raise DataError(f"{record.file}, record {record.number}: {path[:200]!r} leaves the "
-                                "video folder; drop the '..'")
-            found = self.find(path, record.path, sample.by_name)
-            setattr(sample, medium, found)
-            if found is None:
-                sample.missing.append(path)
+            if path is not None:
+                place = self.find(path, folder, sample.by_name)
+                setattr(sample, medium, place)
+                if place is None:
+                    sample.missing.append(path)
 
 
 def load_samples(path, video_root=None, benchmark: str | None = None) -> list[Sample]:
@@ -444,33 +395,27 @@ def load_samples(path, video_root=None, benchmark: str | None = None) -> list[Sa
     """
     if video_root is not None and not os.path.isdir(video_root):
         raise DataError(f"{video_root}: no such folder; give the folder of the videos")
-    if benchmark is not None and benchmark not in FORMATS:
-        raise DataError(f"benchmark {benchmark!r} is unknown; use one of {', '.join(FORMATS)}")
-    paths = list(dict.fromkeys(Path(name.strip()) for name in str(path).split(",") if name.strip()))
-    names = [path.name for path in paths]
+    names = list(dict.fromkeys(name.strip() for name in str(path).split(",")))
     finder = FileFinder(video_root)
     samples = []
     left_out = Counter()
-    collecting = gc.isenabled()
     gc.disable()  # it would go through all the samples again and again, a quarter of the time
     try:
-        for file in paths:
-            name = file.name if names.count(file.name) == 1 else str(file)  # ids stay unique
-            for record in read_records(file, name):
-                reader = FORMATS[benchmark][1] if benchmark else reader_of(record)
-                sample = reader(record)
+        for file in map(Path, names):
+            name = file.name if len(names) == 1 else str(file)  # ids stay unique
+            folder = str(file.parent)
+            for number, fields in enumerate(read_records(file)):
+                sample = read_sample(Record(f"{name}:{number}", file.stem, fields), benchmark)
                 if sample is None:  # from read_video_r1 only
-                    left_out[record.fields["problem_type"]] += 1
+                    left_out[fields["problem_type"]] += 1
                     continue
-                finder.locate(record, sample)
+                finder.locate(sample, folder)
                 samples.append(sample)
     finally:
-        if collecting:
-            gc.enable()
+        gc.enable()
     warning = logging.getLogger("appo").warning
     if left_out:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
-        warning(f"{left_out.total()} records left out, no rule can score them: {kinds}")
+        warning(f"{left_out.total()} records left out, no rule can score them: {dict(left_out)}")
     if finder.found_by_name:
         wanted, place = next(iter(finder.found_by_name.items()))
         warning(f"{len(finder.found_by_name)} files were found by their name only, the first "
@@ -485,24 +430,22 @@ def with_files(samples: list[Sample], source: str, skip_missing: bool,
     """The samples whose files are there. Missing files are listed, and without skip_missing they
     are a DataError."""
     missing = list(dict.fromkeys(path for sample in samples for path in sample.missing))
+    present = [sample for sample in samples if not sample.missing]
     title = f"{source}: {len(missing)} files are missing"
     if missing and announce:
         print(f"{title}:", *map(repr, missing[:10]), sep="\n  ", file=sys.stderr)
-    if missing and not skip_missing:
-        raise DataError(f"{title}, the first {missing[0]!r}; fix --video_root, or leave these "
+    if missing and not (skip_missing and present):
+        raise DataError(f"{title}, the first {missing[0]!r}; fix --video_root, or leave some "
                         "samples out with --skip_missing")
-    present = [sample for sample in samples if not sample.missing]
-    if not present:
-        raise DataError(f"{source}: no sample is left; fix --video_root")
     return present
 
 
 # ------------------------------------------------------------------- sampled frames and their times
 
 def frame_indices(count: int, rate: float, fps: float, max_frames: int,
-                  bounds=None) -> tuple[np.ndarray, float]:
+                  bounds: Span | None = None) -> tuple[list[int], float]:
     """The frames to sample of a video of `count` frames at `rate` per second
-    -> (indices (n,), seconds covered).
+    -> (n indices, seconds covered).
 
     n = the largest even number not above min(max(D * fps, 4), max_frames, count), at least 2, as
     in Qwen's own utility: 22 s at fps 1 and max_frames 16 -> 16 sampled frames, 8 visual frames of
@@ -519,7 +462,7 @@ def frame_indices(count: int, rate: float, fps: float, max_frames: int,
     duration = count / rate
     limit = int(min(max(duration * fps, 4), max_frames, count))
     n = max(2, limit // 2 * 2)
-    return np.linspace(first, last, n).round().astype(np.int64), duration
+    return np.linspace(first, last, n).round().astype(int).tolist(), duration
 
 
 def read_picture(path: str) -> Tensor:
@@ -532,50 +475,53 @@ def read_picture(path: str) -> Tensor:
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
-def open_video(path: str) -> tuple[int, float, Callable[[int], Tensor]]:
-    """(frames, frames per second, reader of frame i as uint8 (3, H, W)) of a video file or of a
-    folder of pictures, which count as 3 per second."""
-    if os.path.isdir(path):
-        endings = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-        names = [name for name in os.listdir(path)
-                 if name.lower().endswith(endings) and not name.startswith(".")]
-        names.sort(key=lambda name: (len(name), name))  # 9.png comes before 10.png
-        return len(names), 3.0, lambda index: read_picture(os.path.join(path, names[index]))
-    if not os.path.isfile(path):  # opening a named pipe would wait for its writer
-        raise ValueError("neither a file nor a folder")
-    if path.lower().endswith((".ts", ".mts", ".m2ts")):
-        raise ValueError("decord reads wrong frames of MPEG-TS; convert it to mp4")
-    video = decord.VideoReader(path, num_threads=1)
-    # These formats lack the times by which decord seeks: it would go to a wrong place.
-    seekable = not path.lower().endswith((".avi", ".divx", ".wmv", ".asf", ".mpg", ".mpeg", ".vob"))
-    position, frame = 0, None  # the next frame that is decoded, and the one before it
+def pictures_in(folder: str) -> list[str]:
+    endings = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+    names = [name for name in os.listdir(folder)
+             if name.lower().endswith(endings) and not name.startswith(".")]
+    names.sort(key=lambda name: (len(name), name))  # 9.png comes before 10.png
+    return [os.path.join(folder, name) for name in names]
 
-    def read(index: int) -> Tensor:  # indices never fall
-        nonlocal position, frame
+
+def decoded_frames(video: decord.VideoReader, indices: list[int],
+                   seekable: bool) -> Iterator[Tensor]:
+    """Frames uint8 (3, H, W) at ascending indices."""
+    position = 0  # of the next frame that is decoded
+    for index in indices:
         if seekable and index > position:
             video.seek_accurate(index)  # decodes on from here, or from the key frame before
             position = index
         while position <= index:
-            frame, position = video.next(), position + 1
-        return torch.from_numpy(frame.asnumpy()).permute(2, 0, 1)
+            frame = video.next().asnumpy()
+            position += 1
+        yield torch.from_numpy(frame).permute(2, 0, 1)
 
-    return len(video), float(video.get_avg_fps()), read
 
+def sample_frames(path: str, fps: float, max_frames: int,
+                  bounds: Span | None = None) -> tuple[Iterator[Tensor], float]:
+    """Evenly spaced frames by `frame_indices`, from a video or from a folder of pictures, which
+    count as 3 per second -> (frames uint8 (3, H, W), D seconds).
 
-def sample_frames(path: str, fps: float, max_frames: int, bounds=None,
-                  each: Callable[[Tensor], Tensor] = lambda frame: frame):
-    """Evenly spaced frames by `frame_indices`, from a video or a folder of pictures
-    -> (uint8 (n, 3, H, W), seconds per visual frame = 2 * D / n, D seconds).
-
-    each: applied to every frame (3, H, W) before the next is read, so that only one full-size frame
-    is in memory at a time. Raises ValueError, and what decord, Pillow and torch raise.
+    The frames are decoded one by one, so that only one full-size frame need be in memory. Raises
+    ValueError, and what decord, Pillow and torch raise.
     """
-    count, rate, read = open_video(path)
+    is_folder = os.path.isdir(path)
+    if is_folder:
+        pictures = pictures_in(path)
+        count, rate = len(pictures), 3.0
+    elif path.lower().endswith((".ts", ".mts", ".m2ts")):
+        raise ValueError("decord reads wrong frames of MPEG-TS; convert it to mp4")
+    else:
+        video = decord.VideoReader(path, num_threads=1)
+        count, rate = len(video), video.get_avg_fps()
     if not (count > 0 and 0 < rate < math.inf):
         raise ValueError(f"{count} frames at {rate} per second")
     indices, duration = frame_indices(count, rate, fps, max_frames, bounds)
-    frames = torch.stack([each(read(index)) for index in indices.tolist()])  # (n, 3, H, W)
-    return frames, 2 * duration / len(frames), duration
+    if is_folder:
+        return (read_picture(pictures[index]) for index in indices), duration
+    # Other formats may lack the times by which decord seeks: it would go to a wrong place.
+    seekable = path.lower().endswith((".mp4", ".m4v", ".mov", ".mkv", ".webm"))
+    return decoded_frames(video, indices, seekable), duration
 
 
 # ---------------------------------------------------------------------------------------- patches
@@ -584,6 +530,8 @@ PATCH = 14  # pixels of a patch's side
 MERGE = 2  # patches of a visual token's side
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+MEAN_OF_CHANNEL = torch.tensor(PIXEL_MEAN).view(3, 1, 1)
+STD_OF_CHANNEL = torch.tensor(PIXEL_STD).view(3, 1, 1)
 
 
 def picture_settings(min_pixels: int, max_pixels: int) -> dict:
@@ -601,37 +549,33 @@ def resized_size(height: int, width: int, min_pixels: int, max_pixels: int) -> t
     Example: 240 x 426 with both limits 50,176 -> 168 x 280, 60 tokens. (Scaled down, it may end
     below the minimum.) Raises ValueError if one side is over 200 times the other.
     """
-    unit = PATCH * MERGE
     if max(height, width) > 200 * min(height, width):
         raise ValueError(f"{width} x {height} pixels: one side is over 200 times the other")
-    sides = [round(side / unit) * unit for side in (height, width)]
-    if sides[0] * sides[1] > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        sides = [max(unit, math.floor(side / shrink / unit) * unit) for side in (height, width)]
-    elif sides[0] * sides[1] < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        sides = [math.ceil(side * grow / unit) * unit for side in (height, width)]
-    return sides[0], sides[1]
+    unit = PATCH * MERGE
+    sides = np.array([height, width])
+    area = height * width
+    rounded = np.round(sides / unit) * unit
+    if rounded.prod() > max_pixels:
+        shrink = math.sqrt(area / max_pixels)
+        rounded = np.maximum(np.floor(sides / shrink / unit), 1) * unit
+    elif rounded.prod() < min_pixels:
+        grow = math.sqrt(min_pixels / area)
+        rounded = np.ceil(sides * grow / unit) * unit
+    return int(rounded[0]), int(rounded[1])
 
 
 def resize_frames(frames: Tensor, min_pixels: int, max_pixels: int) -> Tensor:
     """uint8 (T, 3, H, W) -> uint8 (T, 3, H', W') of `resized_size`."""
     size = resized_size(*frames.shape[-2:], min_pixels, max_pixels)
-    if size == frames.shape[-2:]:
-        return frames
     # On uint8, as Qwen's processor: on floats it would differ by up to 0.15 in the patches.
     return F.interpolate(frames, size=size, mode="bicubic", antialias=True)
-
-
-def per_channel(values: tuple[float, float, float]) -> Tensor:
-    return torch.tensor(values).view(3, 1, 1)
 
 
 def patchify(frames: Tensor) -> tuple[Tensor, Grid]:
     """uint8 (T, 3, 14h, 14w), h and w even -> (patches float32 (t*h*w, 1176), (t, h, w))."""
     if len(frames) % 2:
         frames = torch.cat([frames, frames[-1:]])  # a visual frame is two sampled frames
-    x = (frames.float() / 255 - per_channel(PIXEL_MEAN)) / per_channel(PIXEL_STD)
+    x = (frames.float() / 255 - MEAN_OF_CHANNEL) / STD_OF_CHANNEL
     t, h, w = len(x) // 2, x.shape[2] // PATCH, x.shape[3] // PATCH
     x = x.reshape(t, 2, 3, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH)
     # The 4 patches of a visual token come together: (t, h/2, w/2, 2, 2, 3, 2 frames, 14, 14).
@@ -645,7 +589,7 @@ def patches_to_frames(patches: Tensor, grid: Grid) -> Tensor:
     x = patches.reshape(t, h // MERGE, w // MERGE, MERGE, MERGE, 3, 2, PATCH, PATCH)
     x = x.permute(0, 6, 5, 1, 3, 7, 2, 4, 8)  # (t, 2 frames, 3, h/2, 2, 14, w/2, 2, 14)
     x = x.reshape(2 * t, 3, h * PATCH, w * PATCH)
-    x = (x * per_channel(PIXEL_STD) + per_channel(PIXEL_MEAN)) * 255
+    x = (x * STD_OF_CHANNEL + MEAN_OF_CHANNEL) * 255
     return x.round().clamp(0, 255).to(torch.uint8)
 
 
@@ -668,7 +612,7 @@ def mask_patches(patches: Tensor, grids: list[Grid],
     patches: (sum of t*h*w, 1176) of the grids (t, h, w), one after the other. The same positions
     are black in all frames of a video: with (2, 2, 2), patches 1 and 5 share their fate.
     """
-    black = (-per_channel(PIXEL_MEAN) / per_channel(PIXEL_STD)).flatten()  # pixel value 0
+    black = (-MEAN_OF_CHANNEL / STD_OF_CHANNEL).flatten()  # pixel value 0
     black = black.repeat_interleave(2 * PATCH * PATCH)  # (1176,)
     blackened = [torch.from_numpy(rng.random(h * w) < 0.6).repeat(t) for t, h, w in grids]
     return torch.where(torch.cat(blackened)[:, None], black, patches)
@@ -689,31 +633,30 @@ def read_visual(sample: Sample, *, fps: float, max_frames: int, min_pixels: int,
                 max_pixels: int) -> Visual:
     """Decodes a sample's video and picture into patches, with one full-size frame in memory at a
     time. Raises VideoError."""
-    def resize(frame: Tensor) -> Tensor:  # (3, H, W)
-        return resize_frames(frame[None], min_pixels, max_pixels)[0]
-
     if sample.missing:  # never go on without the video that the question is about
         raise VideoError(f"{sample.missing[0]!r}: not found")
     visual = Visual(torch.empty(0, 3 * 2 * PATCH * PATCH), [], [], [], None, 0)
     path = sample.video
     try:
         if path is not None:
-            frames, seconds, visual.duration = sample_frames(path, fps, max_frames, sample.bounds,
-                                                             resize)
+            frames, duration = sample_frames(path, fps, max_frames, sample.bounds)
+            frames = torch.cat([resize_frames(frame[None], min_pixels, max_pixels)
+                                for frame in frames])  # (n, 3, H', W')
             visual.patches, grid = patchify(frames)
             visual.video_grids = [grid]
-            visual.seconds_per_grid = [seconds]
+            visual.seconds_per_grid = [2 * duration / len(frames)]
+            visual.duration = duration
             visual.sampled_frames = len(frames)
         path = sample.image
         if path is not None:
-            patches, grid = patchify(resize(read_picture(path))[None])
+            patches, grid = frames_to_patches(read_picture(path)[None], min_pixels, max_pixels)
             visual.patches = torch.cat([visual.patches, patches])
             visual.image_grids = [grid]
     except Exception as error:  # damaged files raise some twenty kinds in decord, Pillow and torch
-        reason = " ".join(str(error).split())
-        reason = re.sub(r"\[[0-9:]+\] \S+ ", "", reason)[:200]  # without "[12:34:56] /x/y.cc:42: "
-        kind = type(error).__name__
-        raise VideoError(f"{path!r}: cannot be read ({kind}: {reason})") from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        # Without "[12:34:56] /x/y.cc:42: ": a resumed run logs the same.
+        reason = re.sub(r"\[[0-9:]+\] \S+ ", "", reason)[:200]
+        raise VideoError(f"{path!r}: cannot be read ({reason})") from None
     return visual
 
 
@@ -721,67 +664,23 @@ def read_visual(sample: Sample, *, fps: float, max_frames: int, min_pixels: int,
 
 def serve_decoder() -> None:
     """The life of a decoding process: samples in, visuals out, until the parent is gone."""
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends this process
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the codecs' chatter
-    torch.set_num_threads(1)
     import resource  # on Unix only, so not at the top
     with suppress(ValueError, OSError):  # there is a stricter limit
-        hard_limit = resource.getrlimit(resource.RLIMIT_DATA)[1]
         # 4 GiB: a 16K frame fits, a decompression bomb does not.
-        resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, hard_limit))
-    connection = Connection(0)  # standard input, see `Decoder`
-    with suppress(EOFError, ConnectionError):
-        connection.send("ready")
+        resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, 4 << 30))
+    with suppress(Exception):  # no more requests, or no memory for a reply
         while True:
-            fields, settings, timeout = connection.recv()
-            signal.setitimer(signal.ITIMER_REAL, timeout)  # acts while the decoder hangs, too
+            sample, settings, timeout = pickle.load(sys.stdin.buffer)
+            # Ends this process if the decoder hangs, also when the parent is gone.
+            signal.setitimer(signal.ITIMER_REAL, timeout)
             try:
-                visual = read_visual(Sample(**fields), **settings)
-                # As an array: a tensor would travel through shared memory.
-                reply = vars(visual) | {"patches": visual.patches.numpy()}
+                reply = read_visual(sample, **settings)
             except VideoError as error:
-                reply = str(error)
+                reply = error
             signal.setitimer(signal.ITIMER_REAL, 0)
-            connection.send(reply)
-
-
-class Decoder:
-    """A decoding process and the connection to it."""
-
-    def __init__(self):
-        self.connection, far_end = multiprocessing.Pipe()
-        command = [sys.executable, os.path.abspath(__file__)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        with far_end:  # the process has it as its standard input
-            self.process = subprocess.Popen(command, stdin=far_end, env=environment)
-
-    def wait_until_ready(self) -> None:
-        with suppress(EOFError, OSError):
-            if self.connection.poll(300):  # it imports torch, perhaps from a slow network disk
-                self.connection.recv()
-                return
-        raise DataError(f"a decoding process did not start (exit status {self.end()}); see its "
-                        "message above, or lower --readers")
-
-    def read(self, sample: Sample, settings: dict, timeout: float) -> Visual:
-        reply, late = None, False
-        with suppress(EOFError, OSError):
-            self.connection.send((asdict(sample), settings, timeout))
-            late = not self.connection.poll(timeout + 1)  # usually its own alarm ends it before
-            if not late:
-                reply = self.connection.recv()
-        if reply is None:
-            status = self.end()
-            late = late or status == -signal.SIGALRM
-            cause = f"not decoded within {timeout:g} s" if late else "its decoding process died"
-            reply = f"{sample.video or sample.image!r}: {cause}"
-        if isinstance(reply, str):
-            raise VideoError(reply)
-        return Visual(**reply | {"patches": torch.from_numpy(reply["patches"])})
-
-    def end(self) -> int:
-        self.process.kill()
-        return self.process.wait()
+            pickle.dump(reply, sys.stdout.buffer)
+            sys.stdout.buffer.flush()
 
 
 class VideoReader:
@@ -795,18 +694,16 @@ class VideoReader:
     only.
     """
 
-    def __init__(self, processes: int = 2, timeout: float = 60.0, *, fps: float, max_frames: int,
-                 min_pixels: int, max_pixels: int):
-        """What follows the timeout is what `read_visual` takes."""
+    def __init__(self, processes: int = 2, timeout: float = 60.0, **settings):
+        """settings: what `read_visual` takes."""
         self.timeout = timeout
-        self.settings = dict(fps=fps, max_frames=max_frames, min_pixels=min_pixels,
-                             max_pixels=max_pixels)
+        self.settings = settings
         # Signals to stop are often sent to all processes, and the parent decides: the decoders
         # inherit from their threads that these are blocked, so they act in none, nor at its start.
         stopping = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
         self._threads = ThreadPoolExecutor(processes, "decode", signal.pthread_sigmask,
                                            (signal.SIG_BLOCK, stopping))
-        self._decoders: dict[int, Decoder] = {}  # by thread
+        self._decoders: dict[int, subprocess.Popen] = {}  # by thread
         self._closed = False
 
     def submit(self, sample: Sample) -> Future:
@@ -818,19 +715,37 @@ class VideoReader:
         """Reads in this thread's process, which is started if there is none or if it died."""
         thread = threading.get_ident()
         decoder = self._decoders.get(thread)
-        if decoder is None or decoder.process.poll() is not None:
-            decoder = self._decoders[thread] = Decoder()
-            if self._closed:  # close() may have missed this new process, so it is ended here
-                decoder.end()
-            decoder.wait_until_ready()
-        return decoder.read(sample, self.settings, self.timeout)
+        if decoder is None or decoder.poll() is not None:
+            decoder = self._decoders[thread] = subprocess.Popen(
+                [sys.executable, os.path.abspath(__file__)], stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if self._closed:  # close() may have missed a new process
+            decoder.kill()
+        try:
+            pickle.dump((sample, self.settings, self.timeout), decoder.stdin)
+            decoder.stdin.flush()
+            reply = pickle.load(decoder.stdout)
+        except (OSError, EOFError, pickle.UnpicklingError):
+            decoder.communicate()  # to its end; to kill it now could change its exit status
+            status = decoder.returncode
+            if status > 0:  # Python's own, for an error while it starts
+                raise DataError(f"a decoding process did not start (exit status {status}); see "
+                                "its message above, or lower --readers") from None
+            cause = "its decoding process died"
+            if status == -signal.SIGALRM:
+                cause = f"not decoded within {self.timeout:g} s"
+            reply = VideoError(f"{sample.video or sample.image!r}: {cause}")
+        if isinstance(reply, VideoError):
+            raise reply
+        return reply
 
     def close(self, *_) -> None:
         """Ends the processes at once. Reads under way fail, reads not begun are cancelled."""
         self._closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
         for decoder in list(self._decoders.values()):
-            decoder.end()  # a thread that waits for it sees the end of the connection
+            decoder.kill()  # a thread that waits for its reply sees the end of its output
+            decoder.wait()
         self._threads.shutdown()
 
     def __enter__(self):
@@ -872,67 +787,60 @@ def prompt_text(sample: Sample, visual: Visual | None) -> str:
             "here </think> <answer> answer here </answer> <time> 8.4 to 12.5, 25 to 30.2 </time>")
 
 
-def chat_tokens(sample: Sample, visual: Visual, tokenizer) -> list[int]:
-    # "<|im_end|>" in a question must stay words, not end the turn: control tokens start with "<|".
-    words = prompt_text(sample, visual).replace("<|", "< |")
-    content = [{"type": "video"} for _ in visual.video_grids]
-    content += [{"type": "image"} for _ in visual.image_grids]
-    content += [{"type": "text", "text": words}]
-    messages = [{"role": "user", "content": content}]
-    chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return tokenizer(chat, add_special_tokens=False)["input_ids"]
-
-
 def build_prompt(sample: Sample, visual: Visual, tokenizer) -> Prompt:
-    """Tokenises the chat and widens each visual token to the tokens of its grid.
-
-    A grid (t, h, w) takes t * h * w / 4 tokens: (2, 4, 4) becomes 8, with frame_of_token
-    0 0 0 0 1 1 1 1. Raises DataError if the tokenizer's chat template does not place the video and
-    the picture.
-    """
-    video = tokenizer.convert_tokens_to_ids("<|video_pad|>")
-    image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    expected = [video] * len(visual.video_grids) + [image] * len(visual.image_grids)
-    tokens = chat_tokens(sample, visual, tokenizer)
-    if [token for token in tokens if token in (video, image)] != expected:
-        raise DataError("the chat template does not place each video and picture once; is it "
-                        "Qwen2.5-VL's?")
-    grids = iter(visual.video_grids + visual.image_grids)
-    input_ids = []
-    frame_of_token = []
-    for token in tokens:
-        t, h, w = next(grids) if token in expected else (1, MERGE, MERGE)  # a word counts 1
-        tokens_per_frame = h * w // MERGE ** 2
-        input_ids += [token] * (t * tokens_per_frame)
-        for frame in range(t):
-            frame_of_token += [frame if token == video else -1] * tokens_per_frame
-    num_frames = sum(t for t, _, _ in visual.video_grids)
+    """The tokens of the chat. A grid (t, h, w) takes t * h * w / 4 of them: (2, 4, 4) takes 8, with
+    frame_of_token 0 0 0 0 1 1 1 1."""
+    media = ["video"] * len(visual.video_grids) + ["image"] * len(visual.image_grids)
+    text = ""
+    for medium, (t, h, w) in zip(media, visual.video_grids + visual.image_grids):
+        pads = f"<|{medium}_pad|>" * (t * h * w // MERGE ** 2)
+        text += f"<|vision_start|>{pads}<|vision_end|>"
+    # "<|im_end|>" in a question must stay words, not end the turn: control tokens start with "<|".
+    text += prompt_text(sample, visual).replace("<|", "< |")
+    messages = [{"role": "user", "content": [{"type": "text", "text": text}]}]
+    chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    input_ids = torch.tensor(tokenizer(chat, add_special_tokens=False)["input_ids"])
+    of_video = input_ids == tokenizer.convert_tokens_to_ids("<|video_pad|>")
+    frame_of_token = torch.full_like(input_ids, -1)
+    num_frames = 0
+    for num_frames, h, w in visual.video_grids:  # at most one
+        frames = torch.arange(num_frames)
+        frame_of_token[of_video] = frames.repeat_interleave(h * w // MERGE ** 2)
     crucial = sample.crucial_frame
     if crucial is not None and (visual.seconds_per_grid != [2.0] or crucial >= num_frames):
         sample = replace(sample, crucial_frame=None)  # it counts visual frames of 2 s
-    return Prompt(**vars(visual), sample=sample, input_ids=torch.tensor(input_ids),
-                  frame_of_token=torch.tensor(frame_of_token), num_frames=num_frames)
+    return Prompt(**vars(visual), sample=sample, input_ids=input_ids,
+                  frame_of_token=frame_of_token, num_frames=num_frames)
 
 
-def in_batches(by_position: dict, size: int) -> Iterator[dict]:
+def in_batches(by_position: dict, size: int) -> list[dict]:
     """A dictionary in parts of `size` entries, the last one perhaps smaller."""
-    items = iter(by_position.items())
-    return iter(lambda: dict(islice(items, size)), {})  # until nothing is left
+    items = list(by_position.items())
+    return [dict(items[start:start + size]) for start in range(0, len(items), size)]
 
 
-def read_prompts(reader: VideoReader, batches: Iterable[dict[int, Sample]], tokenizer,
-                 max_tokens: int) -> Iterator[tuple[dict[int, Prompt], list[dict]]]:
-    """For each batch {position: sample}: (prompts by position, a record of every sample left out).
+def decode_ahead(reader: VideoReader, batches: Iterable[dict[int, Sample]]) -> Iterator[list]:
+    """Batches {position: sample} -> lists of (position, sample, its Visual to come).
 
-    A batch is decoded while the caller works on the one before. The position is the caller's name
-    for the sample's place. A sample that cannot be read is `unreadable`; a prompt of more than
-    max_tokens tokens is left out, never cut.
+    A batch is decoded while the caller works on the one before, the first one from this call on.
+    The position is the caller's name for the sample's place.
     """
     submitted = ([(position, sample, reader.submit(sample)) for position, sample in batch.items()]
                  for batch in batches)
+    first = list(islice(submitted, 1))  # now, not when the caller asks for it
     # pairwise fetches batch k + 1, which submits it, before it hands out (k, k + 1). None comes
     # after the last one.
-    for batch, _ in pairwise(chain(submitted, [None])):
+    return (batch for batch, _ in pairwise(chain(first, submitted, [None])))
+
+
+def build_prompts(decoded: Iterable[list], tokenizer,
+                  max_tokens: int) -> Iterator[tuple[dict[int, Prompt], list[dict]]]:
+    """For each batch of `decode_ahead`: (prompts by position, records of samples left out).
+
+    A sample that cannot be read is `unreadable`; a prompt of more than max_tokens tokens is left
+    out, never cut.
+    """
+    for batch in decoded:
         prompts, skipped = {}, []
         for position, sample, visual in batch:
             try:
@@ -953,11 +861,8 @@ def read_prompts(reader: VideoReader, batches: Iterable[dict[int, Sample]], toke
 
 def element_text(text: str, tag: str) -> str | None:
     """The text of the only <tag> element; None if there is none, several, or one left unclosed."""
-    opening, closing = f"<{tag}>", f"</{tag}>"
-    if text.count(opening) != 1 or text.count(closing) != 1:
-        return None
-    start, end = text.index(opening) + len(opening), text.index(closing)
-    return text[start:end].strip() if start <= end else None
+    pieces = re.split(f"(</?{tag}>)", text)  # text, tag, text, ...
+    return pieces[2].strip() if pieces[1::2] == [f"<{tag}>", f"</{tag}>"] else None
 
 
 def plain_words(text: str) -> str:
@@ -968,33 +873,36 @@ def plain_words(text: str) -> str:
 CHOICE = re.compile(r"\(([A-Z])\)|([A-Z])[.):]|([A-Z])(?=[\s.]*$)")  # "(C)", "C." or only "C"
 
 
-def match_choice(text: str, options: list[str]) -> int | None:
-    """Index of the option that a text names: "C", "C.", "(C)", "C. the words" or only the words.
-    None if it names no option, or words that two options share."""
-    text = text.strip()
+def split_letter(text: str) -> tuple[str, str]:
+    """("C", "the words") of "C. the words" or "(C) the words"; ("", text) if there is no letter."""
     match = CHOICE.match(text)
-    if match:
-        index = LETTERS.index(match[match.lastindex])
-        rest = plain_words(text[match.end():])
-        if index < len(options) and (rest == "" or rest == plain_words(options[index])):
-            return index
-    text = plain_words(text)
-    same = [index for index, words in enumerate(options) if plain_words(words) == text]
-    return same[0] if text and len(same) == 1 else None
+    if match is None:
+        return "", text
+    return match[match.lastindex], text[match.end():].strip()
 
 
-# at least one digit, perhaps with thousands' commas, a fraction and an exponent
-NUMBER = re.compile(r"[+-]?(?=\.?[0-9])(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]*)?"
-                    r"(?:[eE][+-]?[0-9]{1,3})?")
+def match_choice(text: str, options: list[str]) -> str | None:
+    """Letter of the option that a text names: "C", "C.", "(C)", "C. the words" or only the words.
+    None if it names no option, or words that two options share."""
+    choices = dict(zip(LETTERS, options))
+    letter, rest = split_letter(text.strip())
+    if letter in choices and plain_words(rest) in ("", plain_words(choices[letter])):
+        return letter
+    same = [letter for letter, words in choices.items() if plain_words(words) == plain_words(text)]
+    return same[0] if len(same) == 1 else None
+
+
+# at least one digit, perhaps with thousands' commas, a fraction and an exponent; then the end of
+# the text or another word
+NUMBER = re.compile(r"([+-]?(?=\.?[0-9])(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]*)?"
+                    r"(?:[eE][+-]?[0-9]{1,3})?)[.,;%]*(?!\S)")
 
 
 def parse_number(text: str) -> float | None:
     """The number that a text starts with, in ASCII digits and finite; other words may follow it
     ("12.5 meters")."""
-    digits = "".join(text.split(None, 1)[:1]).rstrip(".,;%")
-    if len(digits) > 40 or not NUMBER.fullmatch(digits):
-        return None
-    value = float(digits.replace(",", ""))
+    match = NUMBER.match(text.strip())
+    value = float(match[1].replace(",", "")) if match else math.inf
     return value if math.isfinite(value) else None
 
 
@@ -1015,23 +923,22 @@ def accuracy_reward(response: str, sample: Sample) -> float:
         if pred is None:
             return 0.0
         return mean_relative_accuracy(pred, parse_number(sample.answer))
-    choice = match_choice(answer, sample.options)
-    return float(choice is not None and LETTERS[choice] == sample.answer)
+    return float(match_choice(answer, sample.options) == sample.answer)
 
 
 def format_reward(response: str, sample: Sample) -> float:
-    """1.0 for <think>..</think><answer>..</answer> (grounding: then <time>..</time>) with nothing
-    else around them but space, else 0.0."""
-    tags = ["think", "answer"]
+    """1.0 for <think>..</think><answer>..</answer> (grounding: then <time>..</time>), each tag once
+    and nothing but space between and around the elements, else 0.0."""
+    names = ["think", "answer"]
     if sample.kind == "grounding":
-        tags.append("time")
-    if any(element_text(response, tag) is None for tag in tags):
-        return 0.0
-    elements = r"\s*".join(f"<{tag}>.*</{tag}>" for tag in tags)
-    return float(re.fullmatch(rf"\s*{elements}\s*", response, re.DOTALL) is not None)
+        names.append("time")
+    # space, opening tag, content, closing tag, space, ...
+    pieces = re.split(f"(</?(?:{'|'.join(names)})>)", response)
+    expected = "".join(f"<{name}></{name}>" for name in names)
+    return float("".join(pieces[1::2]) == expected and not "".join(pieces[::4]).strip())
 
 
-SECONDS = r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)) ?(?:s|secs?|seconds?)?"
+SECONDS = r"([+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)) ?(?:s|secs?|seconds?)?"
 SPAN = re.compile(rf"(?:from )?{SECONDS} ?(?:to|-|\u2013|\u2014) ?{SECONDS}")
 
 
@@ -1040,8 +947,7 @@ def parse_spans(text: str) -> list[Span]:
     before they start, drop out."""
     spans = []
     for piece in re.split(r"[,;\n]|\band\b", text.lower()):
-        piece = " ".join(piece.split()).lstrip(" [({").rstrip(" ])}.")
-        match = len(piece) <= 60 and SPAN.fullmatch(piece)  # a short piece has a bounded cost
+        match = SPAN.fullmatch(" ".join(piece.split()).lstrip(" [({").rstrip(" ])}."))
         if match and float(match[1]) < float(match[2]):
             spans.append((float(match[1]), float(match[2])))
     return spans
@@ -1050,7 +956,7 @@ def parse_spans(text: str) -> list[Span]:
 def union_length(spans: list[Span], duration: float) -> float:
     """Length of the part between 0 and the duration."""
     length = end_so_far = 0.0
-    for start, end in sorted(map(tuple, spans)):
+    for start, end in sorted(spans):
         end = min(end, duration)
         length += max(0.0, end - max(start, end_so_far))
         end_so_far = max(end, end_so_far)
@@ -1100,9 +1006,8 @@ def task_reward(response: str, sample: Sample) -> tuple[float, float, float]:
     + IoU."""
     scores = score_response(response, sample)
     accuracy, formatted = scores["accuracy"], scores["format"]
-    if sample.kind == "grounding":
-        return accuracy + 0.1 * formatted + scores["iou"], accuracy, formatted
-    return 0.9 * accuracy + 0.1 * formatted, accuracy, formatted
+    weight = 1.0 if sample.kind == "grounding" else 0.9
+    return weight * accuracy + 0.1 * formatted + scores.get("iou", 0.0), accuracy, formatted
 
 
 # ------------------------------------------------------------------------------ the built-in task
@@ -1136,7 +1041,10 @@ TOY_FILLER = [words.split("/") for words in (
 TOY_PIXELS = 56 * 56
 
 
-def toy_plan(rng: np.random.Generator) -> list[tuple[str, str, int]]:
+Plan = list[tuple[str, str, int]]  # (shape, colour, cell) of each visual frame
+
+
+def toy_plan(rng: np.random.Generator) -> Plan:
     """(shape, colour, cell) that each of 8 visual frames shows: each shape once, and each colour
     twice, so that no colour is the better guess."""
     shapes, colours = rng.permutation(8), rng.permutation(8) % 4
@@ -1144,7 +1052,7 @@ def toy_plan(rng: np.random.Generator) -> list[tuple[str, str, int]]:
     return [(TOY_SHAPES[s], TOY_COLOURS[c], cell) for s, c, cell in zip(shapes, colours, cells)]
 
 
-def toy_video(rng: np.random.Generator) -> tuple[Tensor, list[tuple[str, str, int]]]:
+def toy_video(rng: np.random.Generator) -> tuple[Tensor, Plan]:
     """One built-in video: (sampled frames uint8 (16, 3, 56, 56), its `toy_plan`).
 
     Entry f of the plan is visual frame f: sampled frames 2f and 2f + 1, equal but for noise with a
@@ -1192,12 +1100,11 @@ def write_whole(path: Path, content: bytes) -> None:
     os.replace(unfinished, path)
 
 
-def write_y4m(path, frames: Tensor, fps: float) -> None:
+def write_y4m(path, frames: Tensor, fps: int) -> None:
     """Writes uint8 RGB (T, 3, H, W) as YUV4MPEG2, a video format that needs no encoder. Reading it
     back gives the same within 2 grey levels."""
     height, width = frames.shape[2:]
-    rate = Fraction(fps).limit_denominator(1001)
-    header = f"YUV4MPEG2 W{width} H{height} F{rate.numerator}:{rate.denominator} Ip A1:1 C444\n"
+    header = f"YUV4MPEG2 W{width} H{height} F{fps}:1 Ip A1:1 C444\n"
     red, green, blue = frames.double().unbind(1)                                # (T, H, W)
     luma = 0.299 * red + 0.587 * green + 0.114 * blue                           # BT.601
     planes = [luma * 219 / 255 + 16, (blue - luma) / 1.772 * 224 / 255 + 128,
@@ -1207,13 +1114,12 @@ def write_y4m(path, frames: Tensor, fps: float) -> None:
     write_whole(Path(path), header.encode() + pictures)
 
 
-def make_toy_data(folder, videos: tuple[int, int] = (128, 32), questions: int = 4,
-                  seed: int = 0) -> None:
+def make_toy_data(folder, videos: tuple[int, int] = (128, 32)) -> None:
     """Makes folder/train.json, folder/test.json (Video-R1's form) and folder/videos/*.y4m, 16 s at
     1 frame per second.
 
-    videos: how many to train and to test on. questions: about each video. Everything follows from
-    the seed. Whole files of an earlier call are kept.
+    videos: how many to train and to test on, with four questions each. They are the same in every
+    call, and whole ones of an earlier call are kept.
     """
     folder = Path(folder)
     options = [f"{letter}. {colour}" for letter, colour in zip(LETTERS, TOY_COLOURS)]
@@ -1221,13 +1127,12 @@ def make_toy_data(folder, videos: tuple[int, int] = (128, 32), questions: int = 
     for split, (name, count) in enumerate(zip(("train", "test"), videos)):
         records = []
         for number in range(count):
-            key = [seed, split, number]
-            path = f"videos/{name}_{seed}_{number:05d}.y4m"
+            key = [0, split, number]
+            path = f"videos/{name}_0_{number:05d}.y4m"
             if not (folder / path).exists():
                 write_y4m(folder / path, toy_video(np.random.default_rng(key))[0], 1)
             plan = toy_plan(np.random.default_rng(key))  # as in toy_video
-            requested = np.random.default_rng([*key, 1]).permutation(8)[:questions]
-            for frame in requested.tolist():
+            for frame in np.random.default_rng([*key, 1]).permutation(8)[:4].tolist():
                 shape, colour, _ = plan[frame]
                 sample = toy_sample(shape, colour)
                 records.append(dict(
@@ -1235,10 +1140,7 @@ def make_toy_data(folder, videos: tuple[int, int] = (128, 32), questions: int = 
                     problem_type="multiple choice", path=path, data_source="built-in",
                     duration=16.0, crucial_frame=frame, options=options,
                     solution=f"<answer>{sample.answer}</answer>"))
-        text = json.dumps(records, indent=1).encode()
-        file = folder / f"{name}.json"
-        if not file.exists() or file.read_bytes() != text:
-            write_whole(file, text)
+        write_whole(folder / f"{name}.json", json.dumps(records, indent=1).encode())
 
 
 @dataclass
@@ -1252,54 +1154,51 @@ class Lesson:
     target_mask: Tensor  # bool (8, R): the response only
 
 
-def toy_prompt(rng: np.random.Generator, tokenizer,
-               true_frame: int = 0) -> tuple[Prompt, list[tuple[str, str, int]]]:
-    """(prompt, plan): a built-in video that is in no file, and the question about one of its visual
-    frames."""
+def toy_visual(rng: np.random.Generator) -> tuple[Visual, Plan]:
+    """(visual, plan) of a built-in video that is in no file."""
     frames, plan = toy_video(rng)
     patches, grid = frames_to_patches(frames, TOY_PIXELS, TOY_PIXELS)
+    return Visual(patches, [grid], [], [2.0], 16.0, 16), plan
+
+
+def toy_prompt(rng: np.random.Generator, tokenizer,
+               true_frame: int = 0) -> tuple[Prompt, Plan]:
+    """(prompt, plan): a built-in video that is in no file, and the question about one of its visual
+    frames."""
+    visual, plan = toy_visual(rng)
     shape, colour, _ = plan[true_frame]
-    visual = Visual(patches, [grid], [], [2.0], 16.0, 16)
     return build_prompt(toy_sample(shape, colour, true_frame), visual, tokenizer), plan
 
 
 def toy_lessons(tokenizer, count: int, seed: int, *wordings: dict) -> list[list[Lesson]]:
     """For each wording (see `toy_response`) lessons about the same `count` videos, which are in
     neither train.json nor test.json."""
-    video = tokenizer.convert_tokens_to_ids("<|video_pad|>")
-    any_prompt, _ = toy_prompt(np.random.default_rng(0), tokenizer)
-    questions = {}  # tokens of a prompt after the video and its end mark, alike for all videos
-    for shape in TOY_SHAPES:
-        chat = chat_tokens(toy_sample(shape, TOY_COLOURS[0]), any_prompt, tokenizer)
-        questions[shape] = chat[chat.index(video) + 2:]
     lessons = [[] for _ in wordings]
     for number in range(count):
         rng = np.random.default_rng([seed, 2, number])
-        prompt, plan = toy_prompt(rng, tokenizer)
-        shared = int((prompt.frame_of_token >= 0).nonzero().max()) + 2  # through the end mark
-        prompt = replace(prompt, input_ids=prompt.input_ids[:shared],
-                         frame_of_token=prompt.frame_of_token[:shared])
+        visual, plan = toy_visual(rng)
         token_words = torch.full((8, 4, 2), tokenizer.pad_token_id)  # (frame, cell, 2)
+        questions = []
         for frame, (shape, colour, cell) in enumerate(plan):
             words = tokenizer.convert_tokens_to_ids([shape, colour])
             token_words[frame, cell] = torch.tensor(words)
+            prompt = build_prompt(toy_sample(shape, colour), visual, tokenizer)
+            shared = int((prompt.frame_of_token >= 0).nonzero().max()) + 2  # through the end mark
+            questions.append(prompt.input_ids[shared:].tolist())
+        prompt = replace(prompt, input_ids=prompt.input_ids[:shared],
+                         frame_of_token=prompt.frame_of_token[:shared])
         for of_wording, wording in zip(lessons, wordings):
-            rows = toy_rows(tokenizer, plan, questions, copy.deepcopy(rng), **wording)
-            of_wording.append(Lesson(prompt, token_words.flatten(0, 1), *rows))
+            rows, response_rng = [], copy.deepcopy(rng)
+            for (shape, colour, _), question in zip(plan, questions):
+                response = tokenizer(toy_response(shape, colour, response_rng, **wording))
+                rows.append([*question, *response["input_ids"], tokenizer.eos_token_id])
+            row_ids = torch.tensor(rows)  # (8, R): all are equally long
+            row_mask = torch.ones_like(row_ids, dtype=torch.bool)
+            target_mask = row_mask.clone()
+            target_mask[:, :len(question)] = False
+            of_wording.append(Lesson(prompt, token_words.flatten(0, 1), row_ids, row_mask,
+                                     target_mask))
     return lessons
-
-
-def toy_rows(tokenizer, plan: list[tuple[str, str, int]], questions: dict[str, list[int]],
-             rng: np.random.Generator, **wording) -> list[Tensor]:
-    """row_ids, row_mask and target_mask of a Lesson."""
-    rows, targets = [], []
-    for shape, colour, _ in plan:
-        question = questions[shape]
-        response = tokenizer(toy_response(shape, colour, rng, **wording))["input_ids"]
-        rows.append(torch.tensor([*question, *response, tokenizer.eos_token_id]))
-        targets.append(torch.arange(len(rows[-1])) >= len(question))
-    masks = [torch.ones(len(row), dtype=torch.bool) for row in rows]
-    return [pad_sequence(tensors, batch_first=True) for tensors in (rows, masks, targets)]
 
 
 @dataclass
@@ -1324,4 +1223,5 @@ def toy_stages(tokenizer, seed: int) -> list[Stage]:
 
 
 if __name__ == "__main__":  # started by VideoReader
-    serve_decoder()
+    import data  # so that samples and visuals have the same classes here and there
+    data.serve_decoder()

@@ -94,9 +94,10 @@ def read_task(arguments: list[str], benchmark: str | None = None):
 
 def read_prompts(samples: list[data.Sample], tokenizer, s: appo.Settings):
     """Yields (prompts by number of the sample, records of skipped ones), `rollout_groups` each."""
-    batches = list(data.in_batches(dict(enumerate(samples)), s.rollout_groups))
+    batches = data.in_batches(dict(enumerate(samples)), s.rollout_groups)
     with appo.open_reader(s) as reader:
-        yield from tqdm(data.read_prompts(reader, batches, tokenizer, s.max_prompt_tokens),
+        decoded = data.decode_ahead(reader, batches)
+        yield from tqdm(data.build_prompts(decoded, tokenizer, s.max_prompt_tokens),
                         total=len(batches))
 
 

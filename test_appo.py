@@ -6,7 +6,6 @@ import os
 os.environ["CUDA_VISIBLE_DEVICES"] = ""    # no test touches a GPU; torch reads it when imported
 
 import copy
-import dataclasses
 import inspect
 import itertools
 import json
@@ -940,25 +939,27 @@ def data_error(*words):
     return pytest.raises(DataError, match=rf"\A{pattern}.{{1,900}}\Z")
 
 
-def touch(folder, *names):
+def touch(folder, *names, content=""):
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
+        (folder / name).write_text(content)
 
 
 @pytest.mark.parametrize("case, expected", rows("""
-    R1 x {} -> {"options": ["one", "two"], "answer": "B", "kind": "choice", "duration": 3.0}
+    R1 x {} -> {"options": ["one", "two"], "answer": "B", "kind": "choice", "duration": null}
     R1 x {} -> {"group": "multiple choice", "video": "a.avi", "image": null, "missing": []}
     R1 x {} -> {"question": "What?", "overall": "questions", "bounds": null, "spans": []}
     R1 x {"problem_type": "numerical", "solution": "<answer>1,200.5</answer>"} -> {"kind": "number"}
     R1 x {"problem_type": "numerical", "solution": "<answer>7.5</answer>"} -> {"answer": "7.5"}
     R1 x {"problem_type": "regression", "solution": "7%"} -> {"answer": "7%", "options": []}
-    R1 x {"data_type": "image", "duration": null} -> {"image": "a.avi", "video": null}
-    R1 x {"solution": "two", "duration": null} -> {"answer": "B", "duration": null}
+    R1 x {"data_type": "image"} -> {"image": "a.avi", "video": null}
+    R1 x {"solution": "two"} -> {"answer": "B"}
+    R1 x {"problem": " a\\ud800b "} -> {"question": "ab"}
     R1 x {"data_source": "STAR", "crucial_frame": 3} -> {"group": "STAR", "crucial_frame": 3}
     R1 x {"options": ["A) x", "(B) y"]} -> {"options": ["x", "y"]}
     R1 x {"options": ["A. x", "y"]} -> {"options": ["A. x", "y"]}
     R1 x {"options": ["B. x", "A. y"]} -> {"options": ["B. x", "A. y"]}
+    R1 x {"options": ["A", "B"]} -> {"options": ["A", "B"]}
     GQA x {} -> {"answer": "D", "kind": "grounding", "group": "TC", "video": "a.avi"}
     GQA x {} -> {"spans": [[8.7, 10.3], [0.0, 1.0]], "duration": 10.0, "question": "when"}
     GQA x {"answer": 3} -> {"answer": "D"}
@@ -971,7 +972,7 @@ def touch(folder, *names):
     PERCEPTION mc {"answer_id": "1"} -> {"answer": "B"}
     NEXT_QA val {} -> {"answer": "D", "group": "CH", "video": "p/41.mp4"}
     MVBENCH action_count {} -> {"answer": "B", "video": "video/perception/videos/v.mp4"}
-    MVBENCH moving_count_1 {"answer": "A"} -> {"answer": "C", "group": "moving_count"}
+    MVBENCH moving_count {"answer": "A"} -> {"answer": "C", "group": "moving_count"}
     MVBENCH moving_count {} -> {"video": "video/clevrer/video_validation/v.mp4", "bounds": null}
     MVBENCH episodic_reasoning {"video": "s1"} -> {"video": "video/tvqa/frames_fps3_hq/s1"}
     MVBENCH x {"start": 1.5, "end": 8, "task": "moving_count"} -> {"bounds": [1.5, 8.0]}
@@ -1000,7 +1001,8 @@ def test_records_that_no_rule_scores_are_left_out(tmp_path, caplog):
     labels = ["x", "x", "many", "1 1/2", "3 x 10^5", "1e999", "<answer>x</answer>"]
     records = [R1 | dict(problem_type=kind, solution=text) for kind, text in zip(kinds, labels)]
     assert len(load(tmp_path, R1, *records)) == 1
-    assert "7 records left out, no rule can score them: 1 OCR, 1 free-form, 5 regr" in caplog.text
+    counts = "{'free-form': 1, 'OCR': 1, 'regression': 5}"
+    assert f"7 records left out, no rule can score them: {counts}" in caplog.text
     with data_error("no record that can be scored"):
         load(tmp_path, *records)
 
@@ -1008,15 +1010,14 @@ def test_records_that_no_rule_scores_are_left_out(tmp_path, caplog):
 @pytest.mark.parametrize("names, values", rows("""
     R1 solution -> [null, "E", 7, "<answer>A</answer><answer>B</answer>"]
     R1 options -> [null, ["A. one"], "A", ["A. x", 3]]
-    R1 path -> [null, ["a"], "../a.avi", "a/..", "/../a"]
+    R1 path -> [null, ["a"]]
     R1 data_type -> ["audio", null]
     R1 problem -> ["", {}, "\\ud800"]
     R1 problem_type -> ["song", null]
-    R1 duration -> ["3", NaN, 1e999, true]
     R1 crucial_frame -> ["x", true, -1, 2.5]
     GQA answer -> ["5", null, "E. x"]
     GQA time_clues -> [[], [[1]], [[1, null]], [[5, 1]], 3, [[1, 1e999]], ["12"]]
-    GQA duration -> [null, 0, -3]
+    GQA duration -> [null, 0, -3, NaN, 1e999, true, "x"]
     SEED negative_answers -> [["a", "b", "Toss."], null]
     SEED task_progress_metadata -> [null]
     GOLDEN choice_c -> [null]
@@ -1025,15 +1026,14 @@ def test_records_that_no_rule_scores_are_left_out(tmp_path, caplog):
     NEXT_QA a4 -> [null, ""]
     NEXT_QA answer -> [5]
     MVBENCH answer -> ["z", null]
-    MVBENCH start -> ["1"]
+    MVBENCH start -> ["x", 1e999, true]
     VSI ground_truth -> ["many"]
-    VSI dataset -> [null, "d/.."]"""))
+    VSI dataset -> [null]"""))
 def test_fields_that_cannot_be_used_are_named_in_one_line(tmp_path, names, values):
     format_name, name = names.split()
     record = RECORDS[format_name]
     for value in values:
-        word = "'..'" if ".." in str(value) else repr(name)
-        with data_error("x.json", "record 1", word):
+        with data_error("record x.json:1", repr(name)):
             load(tmp_path, record, record | {name: value}, root=tmp_path)
     with data_error("27 options"):
         load(tmp_path, R1 | {"options": ["a"] * 27})
@@ -1071,35 +1071,34 @@ def test_paths_and_benchmarks_that_do_not_exist(tmp_path):
 
 
 def test_forms_of_files(tmp_path):
-    (tmp_path / "sub").mkdir()
-    lines, other = tmp_path / "a.jsonl", tmp_path / "sub/a.jsonl"
+    def read(*names):
+        return data.load_samples(" , ".join(str(tmp_path / name) for name in names))
+
+    first = json.dumps(R1)
     second = json.dumps(R1 | {"problem": "b\u2028c"}, ensure_ascii=False)
-    lines.write_text(f"{json.dumps(R1)}\n\n{second}\n\n")
-    other.write_text(json.dumps(R1))
-    assert [s.id for s in data.load_samples(lines)] == ["a.jsonl:0", "a.jsonl:1"]
-    joined = [s.id for s in data.load_samples(f"{lines},{other}")]
-    assert joined == [f"{lines}:0", f"{lines}:1", f"{other}:0"]
-    assert len(data.load_samples(f"{other},{other}")) == 1
-    (tmp_path / "val.csv").write_text("video,question,answer,type,a0,a1,a2,a3,a4\n"
-                                      '41,how,3,CH,one,two,"three, or so",four,five\n')
-    sample, = data.load_samples(tmp_path / "val.csv")
+    touch(tmp_path, "a.jsonl", content=f"\ufeff{first}\n\n{second}\n\n")
+    touch(tmp_path, "sub/a.jsonl", content=first)
+    touch(tmp_path, "val.csv", content="video,question,answer,type,a0,a1,a2,a3,a4\n"
+                                       '41,how,3,CH,one,two,"three, or so",four,five\n')
+    question = RECORDS["PERCEPTION"] | {"video_name": "v1"}
+    videos = {"v1": {"mc_question": [question] * 2}, "v2": {"mc_question": []}}
+    touch(tmp_path, "mc.json", content=json.dumps(videos))
+    assert [s.id for s in read("a.jsonl")] == ["a.jsonl:0", "a.jsonl:1"]
+    ids = [f"{tmp_path}/{name}" for name in ("a.jsonl:0", "a.jsonl:1", "sub/a.jsonl:0")]
+    assert [s.id for s in read("a.jsonl", "sub/a.jsonl", "a.jsonl")] == ids
+    sample, = read("val.csv")
     assert (sample.options[2], sample.answer, sample.missing) == ("three, or so", "D", ["41.mp4"])
-    record = RECORDS["PERCEPTION"].copy()
-    record.pop("video_name")
-    videos = {"v1": {"mc_question": [record, record]}, "v2": {"mc_question": []}}
-    (tmp_path / "mc.json").write_text(json.dumps(videos))
-    assert [s.missing for s in data.load_samples(tmp_path / "mc.json")] == [["v1.mp4"]] * 2
+    assert [s.missing for s in read("mc.json")] == [["v1.mp4"]] * 2
 
 
 def test_paths_are_looked_up_as_written_then_by_tail_then_by_name(tmp_path, caplog):
     root = tmp_path / "root"
-    touch(root, "d/set/v.avi", "set/v.avi", "deep/er/only.avi", "1/twin.avi", "2/twin.avi", "v.avi")
-    touch(tmp_path, "outside.avi")
-    (root / "broken.avi").symlink_to(root / "gone.avi")
-    (root / "link.avi").symlink_to(root / "v.avi")
-    touch(tmp_path, "elsewhere/linked.avi")
-    (root / "folder").symlink_to(tmp_path / "elsewhere")
-    (root / "above").symlink_to(root)
+    touch(root, "d/set/v.avi", "set/v.avi", "deep/er/only.avi", "1/twin.avi", "2/twin.avi", "v.avi",
+          "clevrer/video_validation/w.mp4")
+    touch(tmp_path, "outside.avi", "elsewhere/linked.avi")
+    for name, target in (("broken.avi", "gone.avi"), ("link.avi", "v.avi"),
+                         ("folder", "../elsewhere"), ("above", ".")):
+        (root / name).symlink_to(target)
     places = dict(rows("""
         /d/set/v.avi -> "d/set/v.avi"
         /x/set/v.avi -> "set/v.avi"
@@ -1110,19 +1109,20 @@ def test_paths_are_looked_up_as_written_then_by_tail_then_by_name(tmp_path, capl
         /gone/er/ -> "deep/er"
         /gone/twin.avi -> null
         /gone/outside.avi -> null
+        ../outside.avi -> null
+        broken.avi -> null
+        .. -> null
         link.avi -> "link.avi\""""))
     samples = load(tmp_path, *[R1 | {"path": path} for path in places], root=root)
     for sample, (path, place) in zip(samples, places.items(), strict=True):
         assert sample.video == (place and str(root / place))
         assert sample.missing == ([] if place else [path])
-    assert re.search("4 files were found by their name only.*v.avi' for '/x/y/v.avi'",
+    assert re.search("3 files were found by their name only.*v.avi' for '/x/y/v.avi'",
                      caplog.text)
-    touch(root, "clevrer/video_validation/w.mp4")
-    tasks = [tmp_path / "moving_count.json", tmp_path / "object_shuffle.json"]
-    for task in tasks:          # which may have different videos of one name
-        task.write_text(json.dumps([RECORDS["MVBENCH"] | {"video": "w.mp4"}]))
-    found = [data.load_samples(task, str(root))[0].missing == [] for task in tasks]
-    assert found == [True, False]
+    for task, missing in (("moving_count", False), ("object_shuffle", True)):
+        record = RECORDS["MVBENCH"] | {"video": "w.mp4"}    # tasks may share a video's name
+        sample, = load(tmp_path, record, name=f"{task}.json", root=str(root))
+        assert bool(sample.missing) == missing
     paths = [str(tmp_path / "outside.avi"), "root/v.avi", "v.avi", "root/broken.avi"]
     samples = load(tmp_path, *[R1 | {"path": path} for path in paths])
     assert [s.video for s in samples] == [paths[0], str(root / "v.avi"), None, None]
@@ -1143,15 +1143,13 @@ def test_missing_files_are_listed_and_are_an_error(tmp_path, capsys):
 def test_seed_bench_r1_options_depend_on_the_record_only(tmp_path):
     records = [RECORDS["SEED"] | {"question": f"{i}?"} for i in range(40)]
     samples = load(tmp_path, *records)
-    assert {s.answer for s in samples} == set("ABCD")
-    for sample in samples:
-        incorrect = set(sample.options) - {"toss"}
-        assert sample.options["ABCD".index(sample.answer)] == "toss"
-        assert len(incorrect) == 3 and incorrect < set("abcd")
-        assert sample.missing == ["videos/s/a.avi", "images/s/p.png"]
     again = load(tmp_path, *records[::-1], name="y.json", benchmark="seed_bench_r1")[::-1]
+    assert {s.answer for s in samples} == set("ABCD")
     for sample, other in zip(samples, again, strict=True):
-        assert replace(other, id=sample.id, group=sample.group) == sample
+        assert sample.options.index("toss") == "ABCD".index(sample.answer)
+        assert len(set(sample.options)) == 4 and set(sample.options) < {"toss", *"abcd"}
+        assert sample.missing == ["videos/s/a.avi", "images/s/p.png"]
+        assert replace(other, id=sample.id) == sample
 
 
 @needs_shared
@@ -1200,26 +1198,32 @@ def test_frames_and_time_rule(video, expected):
     first, last, n, duration = expected
     indices, seconds = data.frame_indices(*json.loads(video))
     assert seconds == pytest.approx(duration)
-    assert indices.tolist() == [round(first + i * (last - first) / (n - 1)) for i in range(n)]
+    assert indices == [round(first + i * (last - first) / (n - 1)) for i in range(n)]
     with pytest.raises(ValueError, match="outside"):
         data.frame_indices(100, 10, 1, 16, (50, 60))
 
 
-def clip(path, shape=(6, 3, 30, 41), fps=2):
-    frames = torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
-    data.write_y4m(path, frames, fps)
-    return frames
+def noise(*shape):
+    numbers = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    return torch.from_numpy(numbers)
+
+
+def clip(path, shape=(6, 3, 30, 41)):
+    data.write_y4m(path, noise(*shape), 2)
+    return noise(*shape)
+
+
+def frames_of(path, *limits):
+    frames, duration = data.sample_frames(str(path), *limits)
+    return torch.stack(list(frames)).int(), duration
 
 
 def test_y4m_round_trip(tmp_path):
     for width in (41, 42):
         frames = clip(tmp_path / "a.y4m", (8, 3, 30, width))
-        read, seconds, duration = data.sample_frames(str(tmp_path / "a.y4m"), 100, 100)
-        assert read.shape == frames.shape and (seconds, duration) == (1.0, 4.0)
-        assert (read.int() - frames.int()).abs().max() <= 2
-    clip(tmp_path / "b.y4m", fps=29.97)
-    assert data.sample_frames(str(tmp_path / "b.y4m"), 1, 16)[2] == pytest.approx(6 / 29.97)
-    assert sorted(os.listdir(tmp_path)) == ["a.y4m", "b.y4m"]  # no unfinished file is left
+        read, duration = frames_of(tmp_path / "a.y4m", 100, 100)
+        assert duration == 4.0 and (read - frames.int()).abs().max() <= 2
+    assert os.listdir(tmp_path) == ["a.y4m"]    # no unfinished file is left
 
 
 def test_folder_of_pictures(tmp_path):
@@ -1227,8 +1231,8 @@ def test_folder_of_pictures(tmp_path):
     for i in range(12):
         Image.new("RGB", (20, 10), (i * 20, 0, 0)).save(tmp_path / f"{i}.png")
     touch(tmp_path, "notes.txt", "._3.png")                 # the second as macOS makes them
-    frames, seconds, duration = data.sample_frames(str(tmp_path), 1, 16)
-    assert frames.shape == (4, 3, 10, 20) and (seconds, duration) == (2.0, 4.0)
+    frames, duration = frames_of(tmp_path, 1, 16)
+    assert frames.shape == (4, 3, 10, 20) and duration == 4.0
     assert (frames[:, 0, 0, 0] // 20).tolist() == [0, 4, 7, 11]
     Image.new("RGBA", (2, 2), (0, 0, 0, 0)).save(tmp_path / "0.png")        # transparent black
     assert (data.read_picture(str(tmp_path / "0.png")) == 255).all()
@@ -1239,27 +1243,24 @@ def test_folder_of_pictures(tmp_path):
     ("mma_test.avi", 6, 164 / 25), ("frog.webm", 8, 248 / 30), ("pancake_h264.mkv", 10, 31 / 3)])
 def test_sampled_frames_are_those_of_a_decoder_that_reads_on(name, n, duration):
     path = str(SHARED / "videos" / name)
-    frames, seconds, covered = data.sample_frames(path, 1, 16)
-    assert (len(frames), covered, seconds) == pytest.approx((n, duration, 2 * duration / n))
+    frames, covered = frames_of(path, 1, 16)
+    assert (len(frames), covered) == pytest.approx((n, duration))
     video = data.decord.VideoReader(path, num_threads=1)
-    decoded = [video.next().asnumpy() for _ in range(len(video))]
+    decoded = [torch.from_numpy(video.next().asnumpy()) for _ in range(len(video))]
     for i, frame in enumerate(frames):
         expected = decoded[round(i * (len(decoded) - 1) / (n - 1))]
-        assert np.array_equal(frame.permute(1, 2, 0), expected)
+        assert torch.equal(frame.permute(1, 2, 0), expected.int())
 
 
 def test_formats_without_times_are_read_without_seeking(tmp_path, monkeypatch):
     """The decoder is told what a file is by its content, and we by its name."""
-    rng = np.random.default_rng(0)
-    frames = torch.from_numpy(rng.integers(0, 256, (9, 3, 64, 64), dtype=np.uint8))
-    for name, number in (("a.avi", 9), ("one.avi", 1), ("a.ts", 9)):
-        data.write_y4m(tmp_path / name, frames[:number], 1)
     monkeypatch.delattr(data.decord.VideoReader, "seek_accurate")
-    for name, expected in (("a.avi", [0, 3, 5, 8]), ("one.avi", [0, 0])):
-        read, *_ = data.sample_frames(str(tmp_path / name), 1, 4)
-        assert (read.int() - frames[expected].int()).abs().max() <= 2
+    for name, expected in (("a.AVI", [0, 3, 5, 8]), ("one.mpeg", [0, 0]), ("b.wmv", [0, 3, 5, 8])):
+        frames = clip(tmp_path / name, (expected[-1] + 1, 3, 64, 64))
+        read, _ = frames_of(tmp_path / name, 0.1, 4)
+        assert (read - frames[expected].int()).abs().max() <= 2
     with pytest.raises(ValueError, match="convert it"):
-        data.sample_frames(str(tmp_path / "a.ts"), 1, 4)
+        data.sample_frames("a.TS", 1, 4)
 
 
 # ---- patches
@@ -1279,7 +1280,7 @@ def slow_patches(frames):
 
 @pytest.mark.parametrize("shape", [(1, 3, 28, 28), (2, 3, 28, 56), (3, 3, 56, 84)])
 def test_patches_equal_the_slow_oracle_and_have_an_inverse(shape):
-    frames = torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+    frames = noise(*shape)
     patches, grid = data.frames_to_patches(frames, 784, 10 ** 6)
     expected, expected_grid = slow_patches(frames)
     assert grid == expected_grid and patches.dtype == torch.float32
@@ -1304,11 +1305,9 @@ def test_patches_equal_transformers():
     module = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
     from PIL import Image
     processor = module.Qwen2VLImageProcessorPil(size=dict(shortest_edge=3136, longest_edge=50176))
-    blocks = np.random.default_rng(0).integers(0, 256, (24, 42, 3))
-    smooth = np.kron(blocks, np.ones((10, 10, 1))).astype(np.uint8)
-    expected = processor(Image.fromarray(smooth), return_tensors="pt")
-    frames = torch.from_numpy(smooth).permute(2, 0, 1)[None]
-    patches, grid = data.frames_to_patches(frames, 3136, 50176)
+    smooth = noise(24, 42, 3).repeat_interleave(10, 0).repeat_interleave(10, 1)
+    expected = processor(Image.fromarray(smooth.numpy()), return_tensors="pt")
+    patches, grid = data.frames_to_patches(smooth.permute(2, 0, 1)[None], 3136, 50176)
     difference = (patches - expected["pixel_values"]).abs()
     assert list(grid) == expected["image_grid_thw"][0].tolist()
     # Pillow rounds between its two passes.
@@ -1342,75 +1341,73 @@ def is_running(process):
     return stat.exists() and ") Z " not in stat.read_text()
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in /proc")
-def test_a_fault_costs_one_sample(tmp_path):
-    def video(name, **more):
-        return replace(CHOICE, video=str(tmp_path / name), **more)
+needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks into /proc")
 
-    def picture(name):
-        return replace(CHOICE, image=str(tmp_path / name))
 
+@needs_proc
+def test_a_fault_costs_one_sample(tmp_path, monkeypatch):
     def read(sample):
         return reader.submit(sample).result(60)
 
-    def submit_hanging():
+    def begin_hanging():
         future = reader.submit(hanging)
         time.sleep(0.3)
         return future
 
+    def send_stop_signals():
+        for number in STOP_SIGNALS:     # are the parent's to answer
+            os.kill(children(os.getpid())[0], number)
+
     clip(tmp_path / "good.avi")
-    (tmp_path / "empty.avi").touch()
     (tmp_path / "cut.avi").write_bytes((tmp_path / "good.avi").read_bytes()[:100])
     (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(50))
-    (tmp_path / "folder").mkdir()
+    touch(tmp_path, "empty.avi", "folder/notes.txt")
     os.mkfifo(tmp_path / "pipe.avi")
-    good, hanging = video("good.avi"), picture("pipe.avi")
-    faults = [video("empty.avi"), video("cut.avi"), video("folder"), video("pipe.avi"),
-              picture("bad.png"), replace(CHOICE, missing=["x\ny.avi"]),
-              video("good.avi", bounds=(100.0, 200.0))]
+    good, hanging, *faults = [replace(CHOICE, video=str(tmp_path / name)) for name in (
+        "good.avi", "pipe.avi", "empty.avi", "cut.avi", "folder", "none.avi")]
+    faults += [replace(CHOICE, missing=["x\ny.avi"]), replace(good, bounds=(100.0, 200.0)),
+               replace(good, image=str(tmp_path / "bad.png"))]
     with data.VideoReader(1, timeout=2, **READING) as reader:
         visual, expected = vars(read(good)), vars(data.read_visual(good, **READING))
         assert torch.equal(visual.pop("patches"), expected.pop("patches")) and visual == expected
-        process, = children(os.getpid())
+        process = children(os.getpid())
         for sample in faults:
             with pytest.raises(VideoError, match=r"\A.+(cannot be read \(|not found).*\Z"):
                 read(sample)
-        for number in STOP_SIGNALS:     # are the parent's to answer
-            os.kill(process, number)
+        send_stop_signals()
         read(good)
-        assert children(os.getpid()) == [process]
+        assert children(os.getpid()) == process and len(process) == 1
         with pytest.raises(VideoError, match="pipe.avi.*not decoded within 2 s"):
             read(hanging)
-        assert not is_running(process)
+        assert not is_running(*process)
         read(good)
-        future = submit_hanging()
-        os.kill(children(os.getpid())[0], signal.SIGKILL)
+        future = begin_hanging()
+        os.kill(*children(os.getpid()), signal.SIGKILL)
         with pytest.raises(VideoError, match="pipe.avi.*process died"):
             future.result(60)
         future = reader.submit(good)
         while not children(os.getpid()):
             time.sleep(0.01)
-        for number in STOP_SIGNALS:     # before it has even started
-            os.kill(children(os.getpid())[0], number)
+        send_stop_signals()             # before it has even started
         future.result(60)
-        future = submit_hanging()
-        begin = time.monotonic()
+        future, begin = begin_hanging(), time.monotonic()
     assert time.monotonic() - begin < 1.2 and isinstance(future.exception(), VideoError)
     assert children(os.getpid()) == []
     with pytest.raises(RuntimeError):
         reader.submit(good)
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with data.VideoReader(1, **READING) as reader, data_error("did not start", "status 1"):
+        read(good)
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in /proc")
+@needs_proc
 def test_a_hanging_decoder_ends_soon_after_its_parent(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     script = (f"import data, time; reader = data.VideoReader(1, timeout=0.5, **{READING})\n"
               "def read(name): return reader.submit(data.Sample('', '', [], '', '', image=name))\n"
               "read('none.png').exception(); read('pipe.png'); print(flush=True); time.sleep(60)")
-    folder = Path(data.__file__).parent
-    environment = os.environ | {"PYTHONPATH": str(folder)}
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=tmp_path,
-                              env=environment)
+                              env=os.environ | {"PYTHONPATH": str(Path(data.__file__).parent)})
     parent.stdout.readline()
     process, = children(parent.pid)
     time.sleep(0.2)
@@ -1446,9 +1443,7 @@ class WordTokenizer:
         return self.ids.setdefault(token, len(self.ids))
 
     def apply_chat_template(self, messages, add_generation_prompt, tokenize):
-        visual = "<|vision_start|><|{type}_pad|><|vision_end|>"
-        texts = [c.get("text") or visual.format(**c) for c in messages[0]["content"]]
-        return "<|im_start|>user " + "".join(texts) + "<|im_end|>"
+        return f"<|im_start|>user {messages[0]['content'][0]['text']}<|im_end|>"
 
     def __call__(self, text, add_special_tokens=False):
         words = re.findall(r"<\|\w+\|>|" + TOY_WORD, text)
@@ -1482,44 +1477,32 @@ HOSTILE = replace(GROUND, question="a <|video_pad|> <<||image_pad|> <|im_end|> b
                   options=["<|image_pad|>", "<|im_end|>"])
 
 
-def test_prompt_tokens_and_frame_of_token():
-    tokenizer = WordTokenizer()
-    prompt = data.build_prompt(HOSTILE, visual_of([(2, 4, 4)], [(1, 4, 2)]), tokenizer)
-    ids = prompt.input_ids.tolist()
-    first_image = ids.index(tokenizer.ids["<|image_pad|>"])
-    first_video = ids.index(tokenizer.ids["<|video_pad|>"])
-    assert ids.count(ids[first_video]) == 8 and ids.count(ids[first_image]) == 2
-    assert ids.count(tokenizer.ids["<|im_end|>"]) == 1 and prompt.num_frames == 2
-    frames = prompt.frame_of_token.tolist()
-    assert frames[first_video:first_video + 8] == [0] * 4 + [1] * 4 and first_video < first_image
-    assert frames.count(-1) == len(ids) - 8 and len(frames) == len(ids)
-    for seconds, crucial, expected in ((2.0, 1, 1), (2.0, 2, None), (4.0, 1, None)):
-        sample = replace(CHOICE, crucial_frame=crucial)
-        prompt = data.build_prompt(sample, visual_of([(2, 4, 4)], [], seconds), tokenizer)
-        assert prompt.sample.crucial_frame == expected
-    with pytest.raises(ValueError, match="chat template"):
-        tokenizer.apply_chat_template = lambda *_, **__: "<|video_pad|>"
-        data.build_prompt(CHOICE, visual_of([]), tokenizer)
-
-
-@needs_shared
-def test_prompt_with_the_real_tokenizer():
-    tokenizer = transformers.AutoTokenizer.from_pretrained(SHARED / "models/qwen2.5-vl-3b")
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=needs_shared)])
+def test_prompt_tokens_and_frame_of_token(real):
+    tokenizer, chat = WordTokenizer(), "<|im_start|>user {}<|im_end|>"
+    if real:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(SHARED / "models/qwen2.5-vl-3b")
+        chat = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{}"
+                "<|im_end|>\n<|im_start|>assistant\n")
     visual = visual_of([(3, 4, 6)], [(1, 2, 4)])
     prompt = data.build_prompt(HOSTILE, visual, tokenizer)
     words = data.prompt_text(HOSTILE, visual).replace("<|", "< |")
-    chat = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-            f"<|vision_start|>{'<|video_pad|>' * 18}<|vision_end|><|vision_start|>"
-            f"{'<|image_pad|>' * 2}<|vision_end|>{words}<|im_end|>\n<|im_start|>assistant\n")
-    assert prompt.input_ids.tolist() == tokenizer(chat)["input_ids"]
-    frames = prompt.frame_of_token[prompt.input_ids == 151656]
-    assert frames.tolist() == [0] * 6 + [1] * 6 + [2] * 6
+    text = chat.format(f"<|vision_start|>{'<|video_pad|>' * 18}<|vision_end|><|vision_start|>"
+                       f"{'<|image_pad|>' * 2}<|vision_end|>{words}")
+    assert prompt.input_ids.tolist() == tokenizer(text)["input_ids"] and prompt.num_frames == 3
+    of_video = prompt.input_ids == tokenizer.convert_tokens_to_ids("<|video_pad|>")
+    assert prompt.frame_of_token[of_video].tolist() == [0] * 6 + [1] * 6 + [2] * 6
+    assert (prompt.frame_of_token[~of_video] == -1).all()
+    for seconds, crucial, expected in ((2.0, 2, 2), (2.0, 3, None), (4.0, 1, None)):
+        sample = replace(CHOICE, crucial_frame=crucial)
+        prompt = data.build_prompt(sample, visual_of([(3, 4, 4)], [], seconds), tokenizer)
+        assert prompt.sample.crucial_frame == expected
+    assert data.build_prompt(sample, visual_of([]), tokenizer).num_frames == 0
 
 
 def test_batches_are_read_ahead_and_long_or_unreadable_prompts_left_out(tmp_path):
     clip(tmp_path / "a.avi")
-    good = replace(CHOICE, video=str(tmp_path / "a.avi"))
-    bad = replace(CHOICE, video=str(tmp_path / "b.avi"))
+    good, bad = [replace(CHOICE, video=str(tmp_path / name)) for name in ("a.avi", "b.avi")]
     taken = []
 
     def batches():
@@ -1528,34 +1511,42 @@ def test_batches_are_read_ahead_and_long_or_unreadable_prompts_left_out(tmp_path
             yield {position: good, position + 1: bad}
 
     with data.VideoReader(1, **READING) as reader:
-        ahead = data.read_prompts(reader, batches(), WordTokenizer(), 10 ** 6)
+        def read(batches, limit):
+            decoded = data.decode_ahead(reader, batches)
+            return data.build_prompts(decoded, WordTokenizer(), limit)
+
+        ahead = read(batches(), 10 ** 6)
+        assert taken == [7]  # the first batch is being decoded already
         prompts, (skipped,) = next(ahead)
         assert taken == [7, 3]  # the second batch is under way
         assert [list(prompts) for prompts, _ in ahead] == [[3]]
-        limit = len(prompts[7].input_ids)
         assert list(prompts) == [7] and prompts[7].sample == good
-        assert "neither a file" in skipped.pop("reason")
+        assert "cannot be read" in skipped.pop("reason")
         assert skipped == dict(position=8, id="a:0", path=bad.video, unreadable=True)
-        for limit, count in (limit, 1), (limit - 1, 0):
-            (prompts, skipped), = data.read_prompts(reader, [{7: good}], WordTokenizer(), limit)
-            assert len(prompts) == count
-        assert not skipped[0]["unreadable"]
-        assert skipped[0]["reason"].endswith(f"over the limit of {limit}")
-        assert list(data.read_prompts(reader, [], WordTokenizer(), 1)) == []
+        limit = len(prompts[7].input_ids)
+        (prompts, _), = read([{7: good}], limit)
+        (no_prompts, (skipped,)), = read([{7: good}], limit - 1)
+        assert len(prompts) == 1 and not no_prompts and not skipped["unreadable"]
+        assert skipped["reason"].endswith(f"over the limit of {limit - 1}")
+        assert list(read([], 1)) == []
     parts = data.in_batches(dict(enumerate("abcde")), 2)
-    assert list(parts) == [{0: "a", 1: "b"}, {2: "c", 3: "d"}, {4: "e"}]
+    assert parts == [{0: "a", 1: "b"}, {2: "c", 3: "d"}, {4: "e"}]
 
 
 # ---- rewards
 
-@pytest.mark.parametrize("answers, reward", rows("""
-    C | C. | (C) | C. A guitar | a guitar |  C \\n | (C) A guitar. | C: A guitar -> 1
-    B |  | C. A book | C A guitar | CC | A, C | c | (C | guitar | E | . | C or D | <b>C</b> -> 0
-    () | \uff23 | \ud800 -> 0"""))
-def test_choice_answers(answers, reward):
+@pytest.mark.parametrize("case, reward", rows("""
+    CHOICE: C | C. | (C) | C. A guitar | a guitar |  C \\n | (C) A guitar. | C: A guitar -> 1
+    CHOICE: B |  | C. A book | C A guitar | CC | A, C | c | (C | guitar | E | . | C or D -> 0
+    CHOICE: () | \uff23 | \ud800 | <b>C</b> -> 0
+    NUMBER: 100 | 100.0 | 1e2 | +100 meters | 95 | 100. | 100% | 100 or 7 -> 1
+    NUMBER: about 100 |  | nan | inf | 1e999 | \u0661\u0660\u0660 | 1_00 | 0x64 | 10,0 | . -> 0
+    NUMBER: --100 | 100- -> 0"""))
+def test_answers(case, reward):
+    sample, answers = case.split(": ", 1)
     for answer in answers.split("|"):
         response = f"<think>x</think><answer>{answer}</answer>"
-        assert data.accuracy_reward(response, CHOICE) == reward, answer
+        assert data.accuracy_reward(response, globals()[sample]) == reward, answer
 
 
 @pytest.mark.parametrize("response, scores", rows("""
@@ -1584,10 +1575,11 @@ def test_format_and_the_only_answer(response, scores):
 
 
 def test_ambiguous_words_and_letters_as_options():
-    assert data.match_choice("same", ["same", "Same.", "x"]) is None
-    assert data.match_choice("A", ["B", "A"]) == 0  # a letter is a letter first
-    assert data.match_choice("(A) x", ["x", "y"]) == 0
-    assert data.match_choice("(B) x", ["x", "y"]) is None
+    for text, options, letter in (
+            ("same", ["same", "Same.", "x"], None), ("(A) x", ["x", "y"], "A"),
+            ("A", ["B", "A"], "A"),     # a letter is a letter first
+            ("(B) x", ["x", "y"], None)):
+        assert data.match_choice(text, options) == letter
 
 
 @pytest.mark.parametrize("pred, expected", rows("""
@@ -1605,14 +1597,14 @@ def test_mean_relative_accuracy(pred, expected):
     assert data.mean_relative_accuracy(-1.05, -1) == 1  # an error of 0.05 + 4e-17
 
 
-@pytest.mark.parametrize("answers, reward", rows("""
-    100 | 100.0 | 1e2 | +100 meters | 95 | 100. | 100% | 100 or 7 -> 1
-    about 100 |  | nan | inf | 1e999 | \u0661\u0660\u0660 | 1_00 | 0x64 | 10,0 | --100 | . -> 0"""))
-def test_number_answers(answers, reward):
-    for answer in answers.split("|"):
-        assert data.accuracy_reward(f"<answer>{answer}</answer>", NUMBER) == reward, answer
-    assert data.parse_number("9" * 41) is None and data.parse_number("9" * 40) == 1e40
-    assert data.parse_number("1,200.5 m") == 1200.5 and data.parse_number("-.5") == -0.5
+@pytest.mark.parametrize("text, number", rows("""
+    1,200.5 m -> 1200.5
+    -.5, -> -0.5
+    12,345,678% -> 12345678
+    1,20 -> null
+    1e400 -> null"""))
+def test_numbers(text, number):
+    assert data.parse_number(text) == number
 
 
 @pytest.mark.parametrize("pred, expected", rows("""
@@ -1621,7 +1613,7 @@ def test_number_answers(answers, reward):
     [[4, 6], [5, 8], [7, 10]] -> [1, 1]
     [[0, 99]] -> [0.3, 0.3]"""))
 def test_temporal_iou_by_hand(pred, expected):
-    assert data.temporal_iou(json.loads(pred), [(4, 10)], 20) == tuple(expected)
+    assert data.temporal_iou(json.loads(pred), [[4, 10]], 20) == tuple(expected)
 
 
 def test_temporal_iou_equals_a_slow_count():
@@ -1654,8 +1646,6 @@ def test_temporal_iou_equals_a_slow_count():
     12.5 to 8.4, 3 to 3, 0 to inf, \u0668 to \u0669, 8.4 to, 8.4, 1 to 2 to 3, 1e3 to 2e3 -> []"""))
 def test_span_shapes(text, spans):
     assert data.parse_spans(text) == [tuple(span) for span in spans]
-    for length, found in ((60, [(1.0, 2.0)]), (61, [])):
-        assert data.parse_spans("1 to 2.".ljust(length, "0")) == found
 
 
 @pytest.mark.parametrize("ending, scores", rows("""
@@ -1690,42 +1680,43 @@ def test_hostile_responses_take_linear_time():
 # ---- the built-in task
 
 def test_toy_videos_show_what_they_say():
+    names = {"r": "red", "g": "green", "b": "blue", "rg": "yellow"}
     for seed in range(5):
         frames, plan = data.toy_video(np.random.default_rng(seed))
-        shapes, colours, cells = zip(*plan)
+        shapes, colours, _ = zip(*plan)
         assert frames.shape == (16, 3, 56, 56) and frames.dtype == torch.uint8
         assert sorted(shapes) == sorted(data.TOY_SHAPES)
-        assert sorted(colours) == sorted(["red", "green", "blue", "yellow"] * 2)
-        for i, pair in enumerate(frames.float().view(8, 2, 3, 56, 56)):
+        assert sorted(colours) == sorted([*names.values()] * 2)
+        for (_, colour, cell), pair in zip(plan, frames.float().view(8, 2, 3, 56, 56)):
             assert 24 < (pair[0] - pair[1]).std() < 29  # sqrt(2) x 20 grey levels
             is_light = (pair.mean(0) - 60).amax(0) > 65
-            top, left = 28 * (cells[i] // 2), 28 * (cells[i] % 2)
-            assert is_light[top:top + 28, left:left + 28].sum() > 0.9 * is_light.sum() > 100
-            red, green, blue = pair.mean(0)[:, is_light].mean(1).tolist()
-            brightest = max(("red", red), ("green", green), ("blue", blue), key=lambda x: x[1])
-            assert colours[i] == ("yellow" if min(red, green) > 150 else brightest[0])
+            of_cell = is_light.view(2, 28, 2, 28)[cell // 2, :, cell % 2]
+            assert of_cell.sum() > 0.9 * is_light.sum() > 100
+            mean = pair.mean(0)[:, is_light].mean(1)
+            assert names["".join(c for c, level in zip("rgb", mean) if level > 130)] == colour
 
 
 def test_toy_data_is_deterministic_whole_and_found_both_ways(tmp_path):
-    for name in ("a", "b"):
-        data.make_toy_data(tmp_path / name, (3, 2), 4, seed=5)
-    files = {path: path.read_bytes() for path in (tmp_path / "a").rglob("*.*")}
-    assert len(files) == 7
-    for path, content in files.items():
-        assert (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes() == content
-    stamps = {path: path.stat().st_mtime_ns for path in files}
-    data.make_toy_data(tmp_path / "a", (3, 2), 4, seed=5)
-    assert stamps == {path: path.stat().st_mtime_ns for path in files}
-    train = data.load_samples(tmp_path / "a/train.json")
-    assert len(train) == 12 and len(data.load_samples(tmp_path / "a/test.json")) == 8
-    assert data.load_samples(tmp_path / "a/train.json", tmp_path / "a/videos") == train
+    def files_of(folder):
+        data.make_toy_data(folder, (3, 2))
+        return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*")}
+
+    folder = tmp_path / "a"
+    files = files_of(folder)
+    assert len(files) == 7 and files == files_of(tmp_path / "b")
+    stamps = [path.stat().st_mtime_ns for path in folder.rglob("*.y4m")]
+    assert files == files_of(folder)        # whole videos are kept
+    assert stamps == [path.stat().st_mtime_ns for path in folder.rglob("*.y4m")]
+    train = data.load_samples(folder / "train.json")
+    assert len(train) == 12 and len(data.load_samples(folder / "test.json")) == 8
+    assert data.load_samples(folder / "train.json", folder / "videos") == train
     for i, sample in enumerate(train):
-        frames, plan = data.toy_video(np.random.default_rng([5, 0, i // 4]))
+        frames, plan = data.toy_video(np.random.default_rng([0, 0, i // 4]))
         shape, colour, _ = plan[sample.crucial_frame]
         assert sample.question == f"what colour is the {shape} ?"
         assert sample.options["ABCD".index(sample.answer)] == colour
-        read, seconds, duration = data.sample_frames(sample.video, 1, 16)
-        assert (read.int() - frames.int()).abs().max() <= 2 and (seconds, duration) == (2.0, 16.0)
+        read, duration = frames_of(sample.video, 1, 16)
+        assert (read - frames.int()).abs().max() <= 2 and duration == 16.0
 
 
 def test_toy_responses_are_correct_and_use_the_vocabulary():
@@ -1733,22 +1724,20 @@ def test_toy_responses_are_correct_and_use_the_vocabulary():
     words = set(re.findall(TOY_WORD, " ".join(data.toy_vocabulary())))
     spoken = [set() for _ in data.TOY_FILLER]
     assert len(words) < 150
-    for shape in data.TOY_SHAPES * 3:
-        for letter, colour in zip("ABCD", data.TOY_COLOURS):
-            sample = dataclasses.replace(CHOICE, question=f"what colour is the {shape} ?",
-                                         options=list(data.TOY_COLOURS), answer=letter)
-            plain = data.toy_response(shape, colour, rng, filler=False)
-            assert plain == f"<think> {shape} {colour} </think> <answer> {letter} </answer>"
-            response = data.toy_response(shape, colour, rng)
-            assert data.task_reward(response, sample) == (1.0, 1, 1)
-            tokens = re.findall(TOY_WORD, response)
-            assert response.split() == tokens and tokens[25:27] == [shape, colour]
-            tokens += re.findall(TOY_WORD, data.prompt_text(sample, None))
-            assert set(tokens) <= words
-            for place, word in zip(spoken, tokens[1:25], strict=True):
-                place.add(word)
-            wrong = data.toy_response(shape, colour, rng, correct=0)
-            assert data.task_reward(wrong, sample) == (pytest.approx(0.1), 0, 1)
+    for shape, colour in itertools.product(data.TOY_SHAPES * 3, data.TOY_COLOURS):
+        sample = data.toy_sample(shape, colour)
+        letter = "ABCD"[sample.options.index(colour)]
+        plain = data.toy_response(shape, colour, rng, filler=False)
+        assert plain == f"<think> {shape} {colour} </think> <answer> {letter} </answer>"
+        response = data.toy_response(shape, colour, rng)
+        assert data.task_reward(response, sample) == (1.0, 1, 1)
+        tokens = re.findall(TOY_WORD, response)
+        assert response.split() == tokens and tokens[25:27] == [shape, colour]
+        assert words.issuperset(tokens + re.findall(TOY_WORD, data.prompt_text(sample, None)))
+        for place, word in zip(spoken, tokens[1:25], strict=True):
+            place.add(word)
+        wrong = data.toy_response(shape, colour, rng, correct=0)
+        assert data.task_reward(wrong, sample) == (pytest.approx(0.1), 0, 1)
     assert spoken == [set(alternatives) for alternatives in data.TOY_FILLER]
     assert [len(place) for place in spoken] == [4] * 24
     responses = [data.toy_response("star", "red", rng, False, 0.4) for _ in range(1000)]
@@ -1758,20 +1747,18 @@ def test_toy_responses_are_correct_and_use_the_vocabulary():
 def test_toy_lessons_teach_the_responses_and_the_tokens():
     tokenizer = WordTokenizer()
     (lesson, other), = data.toy_lessons(tokenizer, 2, 3, {})
-    words = {number: word for word, number in tokenizer.ids.items()}
+    words = list(tokenizer.ids)             # in the order of their numbers
     assert not torch.equal(lesson.prompt.patches, other.prompt.patches)
     _, plan = data.toy_video(np.random.default_rng([3, 2, 0]))
     visual = data.Visual(lesson.prompt.patches, [(8, 4, 4)], [], [2.0], 16.0, 16)
     for i, (shape, colour, cell) in enumerate(plan):
-        shown = [words[n] for n in lesson.token_words[4 * i + cell].tolist()]
-        assert shown == [shape, colour]
+        assert [words[n] for n in lesson.token_words[4 * i + cell]] == [shape, colour]
         ids, real, target = lesson.row_ids[i], lesson.row_mask[i], lesson.target_mask[i]
-        response = " ".join(words[n] for n in ids[target].tolist())
+        response = " ".join(words[n] for n in ids[target])
         assert re.fullmatch(f"<think> .* {shape} {colour} </think> .* </answer> <eos>", response)
-        sample = dataclasses.replace(CHOICE, question=f"what colour is the {shape} ?",
-                                     options=list(data.TOY_COLOURS))
         prompt = torch.cat([lesson.prompt.input_ids, ids[real & ~target]])
-        assert torch.equal(prompt, data.build_prompt(sample, visual, tokenizer).input_ids)
+        expected = data.build_prompt(data.toy_sample(shape, colour), visual, tokenizer)
+        assert torch.equal(prompt, expected.input_ids)
     assert (lesson.token_words == tokenizer.pad_token_id).all(1).sum() == 24
 
 
@@ -2389,9 +2376,11 @@ def test_a_checkpoint_has_the_files_and_names_of_its_source(toy, tmp_path, name,
 # --------------------------------------------------------------------------------- other machines
 
 READ_CLIPS = """
-import sys, zlib, decord, data
-print(decord.__file__, [zlib.crc32(data.sample_frames(path, 1, 8)[0].numpy())
-                        for path in sys.argv[1:]])
+import sys, zlib, decord, torch, data
+for path in sys.argv[1:]:
+    frames, *_ = data.sample_frames(path, 1, 8)
+    print(zlib.crc32(torch.stack(list(frames)).numpy()))
+print(decord.__file__)
 """
 
 
@@ -2406,7 +2395,7 @@ def test_decord2_reads_the_same_frames():
         path = os.pathsep.join([folder, str(Path(data.__file__).parent)])
         output = subprocess.check_output([sys.executable, "-c", READ_CLIPS, *clips], text=True,
                                          env=os.environ | {"PYTHONPATH": path})
-        module, checksums = output.split(maxsplit=1)
+        *checksums, module = output.split()
         assert module.startswith(folder)
         frames.append(checksums)
     assert frames[0] == frames[1]
