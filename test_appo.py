@@ -3,7 +3,8 @@ forward pass; training with real files, processes and signals. Small models, one
 """
 import os
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""    # no test touches a GPU; torch reads it when imported
+# No test touches a GPU or the network; torch and transformers read these when they are imported.
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 
 import copy
 import inspect
@@ -655,8 +656,9 @@ def whole(toy, tmp_path_factory):
     (folder / "damaged.avi").write_bytes(Path(records[3]["path"]).read_bytes()[:700])
     records[3]["path"], records[5]["path"] = "damaged.avi", "nowhere.avi"
     (folder / "data.json").write_text(json.dumps(records))
+    few_questions(toy, folder / "test.json", 6)
     s = settings_of(toy, data=str(folder / "data.json"), skip_missing=True, prompts_per_step=6,
-                    steps=4, save_every=2, eval_data=str(toy / "test.json"), kl_coef=0.01,
+                    steps=4, save_every=2, eval_data=str(folder / "test.json"), kl_coef=0.01,
                     gamma=0.01, output=str(folder / "run"))
     appo.train(s)
     return s
@@ -673,8 +675,9 @@ def log_of(s, name="metrics"):
 
 def assert_same_run(s, expected, rtol=0.0, atol=0.0):
     """Their metrics and their final weights."""
-    for ours, theirs in zip(log_of(s), log_of(expected), strict=True):
-        assert ours == pytest.approx(theirs, rel=rtol, abs=atol)
+    for name in "metrics", "held_out":
+        for ours, theirs in zip(log_of(s, name), log_of(expected, name), strict=True):
+            assert ours == pytest.approx(theirs, rel=rtol, abs=atol)
     torch.testing.assert_close(checkpoint_of(s), checkpoint_of(expected), rtol=0, atol=atol)
 
 
@@ -711,7 +714,7 @@ def test_the_folder_of_a_run(toy, whole):
     steps, groups = zip(*columns("metrics", "step", "groups"))
     assert steps == (1, 2, 3, 4) and sum(groups) == 23
     assert columns("skipped", "id") == [("data.json:3",)]
-    assert columns("held_out", "step", "samples", "skipped") == [(0, 24, 0), (4, 24, 0)]
+    assert columns("held_out", "step", "samples", "skipped") == [(0, 6, 0), (4, 6, 0)]
     response = log_of(whole, "samples")[0]["responses"][0]
     assert len(response["tokens"]) == len(response["weights"])
     state = json.loads((output / "step-000004" / "state.json").read_text())
@@ -763,7 +766,7 @@ def test_an_interrupted_run_ends_with_the_same_numbers(whole, tmp_path):
         appo.train(replace(resumed, alpha=1.0))
     appo.train(resumed)
     assert_same_run(s, whole)
-    for name in "samples", "held_out", "skipped":
+    for name in "samples", "skipped":
         assert log_of(s, name) == log_of(whole, name)
     last = Path("step-000004", "state.json")
     assert Path(s.output, last).read_text() == Path(whole.output, last).read_text()
@@ -775,7 +778,7 @@ def test_processes_do_not_change_the_numbers(whole, tmp_path):
     s = replace(whole, output=str(tmp_path / "run"))
     in_processes(4, appo.train, s)
     assert_same_run(s, whole, rtol=1e-4, atol=1e-5)
-    assert len(log_of(s, "held_out")) == 2 and len(log_of(s, "samples")) == 4
+    assert len(log_of(s, "samples")) == 4
 
 
 def test_weights_in_host_memory_change_nothing(whole, tmp_path):
