@@ -648,16 +648,16 @@ def test_learning_rate(schedule, warmup_steps):
 
 @pytest.fixture(scope="session")
 def whole(toy, tmp_path_factory):
-    """Settings of an uninterrupted run. Of its 24 samples one is damaged and one is missing."""
+    """Settings of an uninterrupted run. Of its 20 samples one is damaged and one is missing."""
     folder = tmp_path_factory.mktemp("whole")
-    records = json.loads((toy / "train.json").read_text())[::4]
+    records = json.loads((toy / "train.json").read_text())[:20]
     for record in records:
         record["path"] = str(toy / record["path"])
     (folder / "damaged.avi").write_bytes(Path(records[3]["path"]).read_bytes()[:700])
     records[3]["path"], records[5]["path"] = "damaged.avi", "nowhere.avi"
     (folder / "data.json").write_text(json.dumps(records))
     few_questions(toy, folder / "test.json", 6)
-    s = settings_of(toy, data=str(folder / "data.json"), skip_missing=True, prompts_per_step=6,
+    s = settings_of(toy, data=str(folder / "data.json"), skip_missing=True, prompts_per_step=5,
                     steps=4, save_every=2, eval_data=str(folder / "test.json"), kl_coef=0.01,
                     gamma=0.01, output=str(folder / "run"))
     appo.train(s)
@@ -712,15 +712,15 @@ def test_the_folder_of_a_run(toy, whole):
     # what is sampled next is sampled from the policy that was updated
     assert all(record["rollout_logprob_gap"] < 1e-4 < record["grad_norm"] for record in metrics)
     steps, groups = zip(*columns("metrics", "step", "groups"))
-    assert steps == (1, 2, 3, 4) and sum(groups) == 23
+    assert steps == (1, 2, 3, 4) and sum(groups) == 19
     assert columns("skipped", "id") == [("data.json:3",)]
     assert columns("held_out", "step", "samples", "skipped") == [(0, 6, 0), (4, 6, 0)]
     response = log_of(whole, "samples")[0]["responses"][0]
     assert len(response["tokens"]) == len(response["weights"])
     state = json.loads((output / "step-000004" / "state.json").read_text())
-    assert state == {"step": 4, "position": 24, "unreadable": 1}
+    assert state == {"step": 4, "position": 20, "unreadable": 1}
     config = json.loads((output / "config.json").read_text())
-    assert config["settings"]["samples"] == 23              # a resumed run must have as many
+    assert config["settings"]["samples"] == 19              # a resumed run must have as many
     assert_ordinary(output / "checkpoint", toy / "model", 6)
     with pytest.raises(data.DataError, match="1 files are missing.*nowhere.avi"):
         appo.train(replace(whole, skip_missing=False))
@@ -744,14 +744,15 @@ def one_process(rank, world, port, function, arguments):
 
 
 def test_an_interrupted_run_ends_with_the_same_numbers(whole, tmp_path):
-    """Stopped by SIGTERM, killed while it saves, and resumed: the same, bit for bit."""
+    """Stopped by SIGTERM after step 1, killed while it saves step 3, stopped by SIGHUP after a step
+    3 with its weights in host memory, and resumed: the same, bit for bit."""
     s = replace(whole, output=str(tmp_path / "run"), save_every=1)
+    resumed = replace(s, resume=True)
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(model_utils.RunError, match="--resume"):
         appo.train(s, reward=stop_signal)
     assert signal.getsignal(signal.SIGTERM) is handler
     assert folders_of(s) == ["step-000001"]
-    resumed = replace(s, resume=True)
     process, = in_processes(1, appo.train, resumed, join=False).processes
     while process.is_alive() and not list(tmp_path.glob("run/step-000003*")):
         time.sleep(0.002)
@@ -764,7 +765,12 @@ def test_an_interrupted_run_ends_with_the_same_numbers(whole, tmp_path):
         file.write('{"step": 3, "los')
     with pytest.raises(model_utils.RunError, match="^alpha is 1.0 and was 1.7 in "):
         appo.train(replace(resumed, alpha=1.0))
-    appo.train(resumed)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)       # nohup has it ignored
+    with pytest.raises(model_utils.RunError, match="after step 3"):
+        appo.train(replace(resumed, cpu_offload=True),
+                   reward=partial(stop_signal, number=signal.SIGHUP))
+    signal.signal(signal.SIGHUP, before)
+    appo.train(resumed, reward=stop_signal)     # a signal in the last step does not make it fail
     assert_same_run(s, whole)
     for name in "samples", "skipped":
         assert log_of(s, name) == log_of(whole, name)
@@ -774,26 +780,11 @@ def test_an_interrupted_run_ends_with_the_same_numbers(whole, tmp_path):
 
 
 def test_processes_do_not_change_the_numbers(whole, tmp_path):
-    """6 prompts over 4 processes, which cannot all have the same number."""
+    """5 prompts over 2 processes, which cannot have the same number."""
     s = replace(whole, output=str(tmp_path / "run"))
-    in_processes(4, appo.train, s)
+    in_processes(2, appo.train, s)
     assert_same_run(s, whole, rtol=1e-4, atol=1e-5)
     assert len(log_of(s, "samples")) == 4
-
-
-def test_weights_in_host_memory_change_nothing(whole, tmp_path):
-    """After the checkpoint of step 2, step 3 has them in host memory and step 4 has not."""
-    s = replace(whole, output=str(tmp_path / "run"), resume=True)
-    shutil.copytree(whole.output, s.output)
-    shutil.rmtree(tmp_path / "run" / "step-000004")
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)       # nohup has it ignored
-    with pytest.raises(model_utils.RunError, match="after step 3"):
-        appo.train(replace(s, cpu_offload=True),
-                   reward=partial(stop_signal, number=signal.SIGHUP))
-    signal.signal(signal.SIGHUP, before)
-    assert len(log_of(s)) == 3
-    appo.train(s)
-    assert_same_run(s, whole)       # the loss and the norm of the gradient, too
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_intact(whole, tmp_path):
@@ -808,8 +799,6 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(whole, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert folders_of(s)[:2] == ["step-000002", "step-000004"]
-    appo.train(s, reward=stop_signal)       # a signal in the last step does not make it fail
-    assert [record["step"] for record in log_of(s)] == [1, 2, 3, 4, 5]
 
 
 def test_a_run_stops_if_the_gradient_is_never_finite(toy, tmp_path):
