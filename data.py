@@ -6,6 +6,7 @@ Of Qwen2.5-VL this file only knows how frames become patches and where visual to
 It needs neither the model's weights nor transformers: a tokenizer is handed in. Two sampled frames
 make one visual frame, the model's unit of time. Paper and supplement: arXiv 2602.23823.
 """
+import copy
 import csv
 import gc
 import json
@@ -993,7 +994,8 @@ def outlines() -> dict[str, np.ndarray]:
     """bool (28, 28): what each shape fills of its quarter of the picture."""
     y, x = np.mgrid[:28, :28] / 13.5 - 1  # y down, x to the right, from -1 to 1
     radius = np.hypot(x, y)
-    fifth = (np.arctan2(x, -y) * 2.5 / np.pi + 0.5) % 1  # of the circle, from 0 to 1
+    # A star has five points: its radius falls and rises within each fifth of the circle.
+    fifth = (np.arctan2(x, -y) * 2.5 / np.pi + 0.5) % 1  # from 0 to 1
     return {"star": radius < 0.4 + 0.6 * (1 - 2 * abs(fifth - 0.5)) ** 2,
             "circle": radius < 0.7,
             "square": np.maximum(abs(x), abs(y)) < 0.9,
@@ -1145,9 +1147,9 @@ def toy_prompt(rng: np.random.Generator, tokenizer,
     return build_prompt(toy_sample(shape, colour, true_frame), visual, tokenizer), plan
 
 
-def toy_lesson(rng: np.random.Generator, tokenizer, **wording) -> Lesson:
-    """A lesson about a built-in video that is in no file. wording: see `toy_response`."""
-    visual, plan = toy_visual(rng)
+def toy_lesson(visual: Visual, plan: Plan, rng: np.random.Generator, tokenizer,
+               **wording) -> Lesson:
+    """A lesson about a built-in video. rng and wording: see `toy_response`."""
     token_words = torch.full((8, 4, 2), tokenizer.pad_token_id)  # (frame, cell, 2)
     rows = []
     for frame, (shape, colour, cell) in enumerate(plan):
@@ -1180,9 +1182,14 @@ def toy_stages(tokenizer, seed: int) -> list[Stage]:
     mostly incorrect, to doubt what it sees, so that reinforcement learning has something to teach.
     All stages are about the same videos, which are in neither train.json nor test.json.
     """
+    videos = []
+    for number in range(256):
+        rng = np.random.default_rng([seed, 2, number])
+        videos.append((*toy_visual(rng), rng))
+
     def lessons(count: int, **wording) -> list[Lesson]:
-        return [toy_lesson(np.random.default_rng([seed, 2, number]), tokenizer, **wording)
-                for number in range(count)]
+        return [toy_lesson(visual, plan, copy.deepcopy(rng), tokenizer, **wording)
+                for visual, plan, rng in videos[:count]]
 
     return [Stage(lessons(256, filler=False), 3e-3, 40,
                   lambda accuracy, top1: accuracy >= 0.5 and top1 >= 0.3),
