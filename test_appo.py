@@ -1878,7 +1878,8 @@ def test_toy_responses_are_correct_and_use_the_vocabulary():
 
 def test_toy_lessons_teach_the_responses_and_the_tokens():
     tokenizer = WordTokenizer()
-    (lesson, other), = data.toy_lessons(tokenizer, 2, 3, {})
+    generators = [np.random.default_rng([3, 2, number]) for number in range(2)]
+    lesson, other = [data.toy_lesson(*data.toy_visual(rng), rng, tokenizer) for rng in generators]
     words = list(tokenizer.ids)             # in the order of their numbers
     assert not torch.equal(lesson.prompt.patches, other.prompt.patches)
     _, plan = data.toy_video(np.random.default_rng([3, 2, 0]))
