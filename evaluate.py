@@ -433,8 +433,9 @@ def draw_curves(runs, window: int, output: str, names=CURVES) -> None:
         for label, seeds in runs:
             lines = [smooth(metrics[name], window) for metrics in seeds]
             # A run that was stopped counts as far as it went.
-            by_step = np.array([*itertools.zip_longest(*lines, fillvalue=np.nan)])  # (steps, seeds)
-            by_step, steps = np.ma.masked_invalid(by_step), range(1, len(by_step) + 1)
+            by_step = [*itertools.zip_longest(*lines, fillvalue=np.nan)]
+            by_step = np.ma.masked_invalid(by_step)                             # (steps, seeds)
+            steps = range(1, len(by_step) + 1)
             mean, spread = by_step.mean(1), by_step.std(1) / by_step.count(1) ** 0.5
             axes.plot(steps, mean, label=f"{label} (n = {len(seeds)})")
             axes.fill_between(steps, mean - spread, mean + spread, alpha=0.2)

@@ -2285,7 +2285,7 @@ def test_commands_refuse_in_one_line(toy, tmp_path, capsys, monkeypatch):
     table = f"""
          -> required
         nothing -> invalid choice
-        score {questions} --model none -> no such folder
+        score {questions} --model none -> no usable model
         score {questions} --colour red -> --colour
         score {questions} --max_frames 0 -> --max_frames
         score {questions} --data none.json -> cannot be read
