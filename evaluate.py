@@ -352,7 +352,7 @@ def draw_attention(panels, output: str) -> None:
     # the first of the two sampled frames that the vision tower merges stands for both
     patches = prompt.patches[:math.prod(prompt.video_grids[0])]     # those of a picture come after
     frames = data.patches_to_frames(patches, prompt.video_grids[0])[::2]           # (F, 3, h, w)
-    strip = frames.permute(2, 0, 3, 1).flatten(1, 2)                               # (h, F * w, 3)
+    strip = frames.permute(2, 0, 3, 1).flatten(1, 2).numpy()                       # (h, F * w, 3)
     above = 3.2 * frames.shape[2] / frames.shape[3]     # height of a frame in rows: they are 0.17
     size = len(panels) * (0.55 * F + 2), 0.17 * (R + above) + 1.4       # inches; columns are 0.55
     figure = Figure(size, layout="constrained")
@@ -364,7 +364,7 @@ def draw_attention(panels, output: str) -> None:
         real = group.rollout.response_mask[shown]
         ids = group.rollout.response_ids[shown, real]
         words = [printable(word) for word in run.tokenizer.batch_decode(ids[:, None])]
-        values = group.rollout.frame_attention[shown, real].cpu()                      # (R, F)
+        values = group.rollout.frame_attention[shown, real].cpu().numpy()              # (R, F)
         image = axes.imshow(values, cmap="Blues", vmin=0)
         axes.imshow(strip, extent=(-0.5, F - 0.5, -0.5, -0.5 - above))
         axes.set(aspect="auto", ylim=(len(words) - 0.5, -0.5 - above),
