@@ -2259,7 +2259,7 @@ def test_score_continues_where_it_stopped(toy, tmp_path, capsys):
     annotation.write_text(json.dumps(records[:5]))
     assert "other questions" in refusal(capsys, command)
     (a / "summary.json").unlink()                   # nothing tells what the responses are to
-    assert "holds responses" in refusal(capsys, command)
+    assert "cannot be continued" in refusal(capsys, command)
     b.mkdir()
     reversed_lines = [json.dumps(record | {"accuracy": 0.5}) + "\n" for record in whole[::-1]]
     (b / "responses.jsonl").write_text("".join(reversed_lines))
@@ -2286,7 +2286,7 @@ def test_commands_refuse_in_one_line(toy, tmp_path, capsys, monkeypatch):
     table = f"""
          -> required
         nothing -> invalid choice
-        score {questions} --model none -> no such folder
+        score {questions} --model none -> no usable model
         score {questions} --colour red -> --colour
         score {questions} --max_frames 0 -> --max_frames
         score {questions} --data none.json -> cannot be read
@@ -2449,6 +2449,10 @@ def test_throughput_command(toy, tmp_path, capsys):
             assert 0.1 < figures["GB"][0] < 1 < ballast.nbytes / 1e9
     for values in plain["step"], np.divide(ours["step"], plain["step"]):
         assert f"{np.median(values):.3f} ({min(values):.3f} to {max(values):.3f})" in text
+    for difference in 2.0, NAN:
+        plain["difference"][0] = difference
+        with pytest.raises(model_utils.RunError, match="more than rounding"):
+            evaluate.print_throughput("5 tokens", {"appo": ours, evaluate.PLAIN: plain})
 
 
 DECORD2 = os.environ.get("APPO_DECORD2")
