@@ -13,8 +13,8 @@ One training step:
               see `data.task_reward`), and advantages relative to the group
   4. frames   find the crucial frames: those that the correct responses attend to most
   5. weights  in every response, correct or not, the tokens that attend most to a crucial frame
-              weigh 1 + alpha * D; D is how much the responses' next-token distributions differ at
-              these tokens
+              weigh 1 + alpha * D; D, 0 to 1, is how much the responses' next-token distributions
+              differ there
   6. update   clipped policy gradient, with weight * advantage in place of the advantage
 
 First come steps 3 to 6 as functions of tensors, then the settings (skip them at first), then
@@ -30,16 +30,16 @@ weight from the position that predicts the token (the one before it) to a visual
 averaged over the frame's visual tokens, over all heads and over the last `attention_layers` layers.
 
 Up to three copies of the language model exist. The *model* samples; it is not sharded, and in bf16
-on a GPU. The *policy* is trained; its weights are fp32, though on a GPU it computes in bf16, too.
-It is split over the processes, and copied into the model after each step. The *reference* is the
-start model, not split; only a KL term needs it. The vision tower is frozen, as in the paper, so the
+on a GPU. The *policy* is trained; its weights are fp32, but on a GPU it also computes in bf16. It
+is split over the processes, and copied into the model after each step. The *reference* is the start
+model, not split; only a KL term needs it. The vision tower is frozen, as in the paper, so the
 model's serves all three. No loss acts on the attention itself: it only decides which tokens weigh
-more. With several processes each one has its share of a batch's prompts, and all of them update the
-same policy.
+more. With several processes, each takes a share of a batch's prompts, and all update the same
+policy.
 
-The baselines are here, too. GRPO adds beta * KL(policy || reference) to the loss, and PAPO (arXiv
-2507.06448) adds -gamma * KL(policy || policy given a masked video) + eta * entropy to that of GRPO
-or DAPO. Their functions stand after the loop.
+The baselines are included. GRPO adds beta * KL(policy || reference) to the loss, and PAPO (arXiv
+2507.06448) adds -gamma * KL(policy || policy given a masked video) + eta * entropy to the loss of
+GRPO or DAPO. Their functions follow the loop.
 
     torchrun appo.py                                        # the built-in task, minutes on a CPU
     torchrun appo.py --model Qwen/Qwen2.5-VL-3B-Instruct --data train.json --video_root videos
@@ -137,8 +137,8 @@ def perception_token_weights(frame_attention: Tensor, logits: Tensor, response_m
 
     For every crucial frame:
       pick     in each response the K3 tokens that attend to the frame most, in reading order
-      compare  the j-th picks of the G responses: their divergence says how much the distributions
-               they were sampled from differ
+      compare  the j-th picks of the G responses: how far the distributions that they were sampled
+               from diverge (see `group_divergence`)
       scale    the divergences over j, so that the smallest is 0 and the largest 1 (all are 0 if
                they are equal)
     The D of a token is the mean of its scaled divergences, over the frames it was picked for.
@@ -236,8 +236,9 @@ def clipped_surrogate_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """-mean of min(rho W A, clip(rho, 1 - clip_low, 1 + clip_high) W A), plus kl_coef * KL.
 
-    rho is the ratio of new to old probability. With one update per batch it is 1 and the clip never
-    acts; the loss's value is then just the mean of -W A, and only its gradient matters.
+    rho is the ratio of new to old probability. In a batch's first update it is 1 (the old one is
+    the policy's own) and nothing is clipped: the value is the mean of -W A, and only its gradient
+    matters.
 
     log_probs, old_log_probs, ref_log_probs, token_weights (G, R); advantages (G,);
     response_mask bool (G, R). All but log_probs are constants: give them without gradient.
@@ -297,7 +298,7 @@ class Settings:
     # crucial frames and token weights (paper, section 3.2; supplement, A.1 and A.2)
     strategy: Literal["soft", "hard", "all"] = "soft"   # crucial frames: see `crucial_frames`
     threshold: float = 0.5          # tau: a response with at least this accuracy counts as correct
-    k1: int = 15                    # K1: tokens that a response's attention to a frame averages
+    k1: int = 15                    # K1: tokens averaged for a response's attention to a frame
     k2: int = 3                     # K2: frames that a response focuses on
     k3: int = 64                    # K3: tokens that a response picks for each crucial frame
     alpha: float | None = None      # alpha: weights are 1 + alpha * D; 0 turns them off
@@ -330,7 +331,7 @@ class Settings:
     beta2: float = 0.999            # second beta of AdamW
     max_grad_norm: float = 1.0      # gradient clipping
     gradient_checkpointing: bool = True     # recompute activations, for much less memory
-    cpu_offload: bool = False       # trained weights, gradients and moments lie in host memory
+    cpu_offload: bool = False       # trained weights, gradients and moments stay in host memory
     cuda_graph: bool = False        # sample tokens by replaying a recorded CUDA graph
 
     # video
@@ -345,10 +346,10 @@ class Settings:
     eval_data: str | None = None    # held-out annotations, scored before and after
     eval_every: int = 0             # also score them every so many steps; 0: never
     save_every: int = 100           # steps between checkpoints to resume from; 0: none
-    keep: int = 2                   # how many of those checkpoints stay
+    keep: int = 2                   # how many of those to keep
     resume: bool = False            # continue from the newest checkpoint in --output
     seed: int = 0                   # of the data order, sampling and masks
-    rollout_seed: int | None = None     # of sampling only, for the noise between runs; default seed
+    rollout_seed: int | None = None     # of sampling, for the noise between runs; default: seed
 
     def __post_init__(self):
         for name, value in PRESETS[self.algorithm].items():
@@ -364,7 +365,7 @@ class Settings:
 
     @property
     def masked_video(self) -> bool:
-        """Whether PAPO's loss is on, which compares with a masked video."""
+        """Whether PAPO's loss, which needs a masked video, is on."""
         return self.gamma > 0 or self.eta > 0
 
 
@@ -400,7 +401,7 @@ class Group:
 
 def weigh_tokens(group: Group, logits: Tensor | None, s: Settings) -> Tensor:
     """Step 5. The weights of APPO (G, R), from logits (G, R, V). With alpha 0 there are no logits
-    and no crucial frames, and all weights are 1. To replace it, pass another to `train`."""
+    and no crucial frames, and all weights are 1. To replace it: train(weigh=...)."""
     return perception_token_weights(group.rollout.frame_attention, logits,
                                     group.rollout.response_mask, group.crucial, k3=s.k3,
                                     alpha=s.alpha)
@@ -450,7 +451,8 @@ def sample_groups(run: Run, prompts: dict[int, data.Prompt],
         rollouts = model_utils.rollout(
             run.model, encoded, torch.tensor(np.stack(uniforms)), temperature=s.temperature,
             attention_layers=s.attention_layers if s.alpha else 0, cuda_graph=s.cuda_graph)
-        groups += map(Group, part.keys(), part.values(), rollouts)
+        for (position, prompt), rollout in zip(part.items(), rollouts):
+            groups.append(Group(position, prompt, rollout))
         run.lap("rollout")
     return groups
 
@@ -468,7 +470,7 @@ def score_group(run: Run, group: Group) -> None:
     group.advantages = group_advantages(group.reward)
     crucial = crucial_frames(rollout.frame_attention, mask, group.accuracy, k1=s.k1, k2=s.k2,
                              threshold=s.threshold, strategy=s.strategy)
-    group.crucial = crucial & (s.alpha > 0)     # at alpha 0 none: the attention was not recorded
+    group.crucial = crucial & (s.alpha > 0)     # none at alpha 0: the attention is not read, but 0
 
 
 def collect_groups(run: Run, batches: Iterator[Batch]) -> tuple[list[Group], list[dict]]:
@@ -478,7 +480,7 @@ def collect_groups(run: Run, batches: Iterator[Batch]) -> tuple[list[Group], lis
     by those of further batches. If there are too few of them, the step has fewer groups.
     """
     s, groups, skipped = run.settings, [], []
-    for _ in range(1 + s.max_resamples):        # once, without dynamic sampling
+    for _ in range(1 + s.max_resamples):        # once if not dynamic_sampling
         prompts, skipped_here = next(batches)                                   # step 1
         run.position += s.prompts_per_step
         run.lap("wait")
@@ -493,7 +495,7 @@ def collect_groups(run: Run, batches: Iterator[Batch]) -> tuple[list[Group], lis
         positions = model_utils.gather_lists([group.position for group in groups])
         if not s.dynamic_sampling or len(positions) >= s.prompts_per_step:
             break
-    # Of a surplus, all processes keep the same groups: the first ones of the stream.
+    # If there are too many, all processes keep those that come first in the stream.
     chosen = sorted(positions)[:s.prompts_per_step]
     return [group for group in groups if group.position in chosen], skipped
 
@@ -594,8 +596,9 @@ def train(s: Settings, reward: Callable = data.task_reward,
         make_built_in_model(s)      # does nothing if the user gave --model
     dist.barrier()
     steps = s.steps or math.ceil(s.epochs * len(samples) / s.prompts_per_step)
-    # All processes call the folder's methods, and the first one writes. With --resume, its step and
-    # position are those of the newest checkpoint. The number of samples sets the order of prompts.
+    # All processes call the folder's methods; the first one writes. With --resume, folder.step and
+    # folder.position are those of the newest checkpoint. The number of samples must be the same
+    # then, as it sets the order of the prompts.
     folder = model_utils.RunFolder(s.output, vars(s) | {"samples": len(samples)}, may_differ(s))
     with open_reader(s) as reader, model_utils.stop_signals() as stop_requests:
         stream = prompt_stream(s, samples, folder.position, rank, world)
@@ -620,8 +623,8 @@ def train(s: Settings, reward: Callable = data.task_reward,
             if groups:
                 folder.log("samples", describe(groups, tokenizer))
             bar.set_postfix(accuracy=metrics.get("accuracy"), reward=metrics.get("reward"))
-            # Raises an error after three steps without a finite gradient, or if over 5% of the
-            # samples cannot be read.
+            # Raises an error after three steps in a row without a finite gradient, or if over 5% of
+            # the samples cannot be read.
             folder.stop_if_failing(metrics["grad_norm"], [g.prompt.sample.id for g in groups],
                                    skipped)
             last = step == steps
@@ -631,8 +634,8 @@ def train(s: Settings, reward: Callable = data.task_reward,
             if stopping or (s.save_every and step % s.save_every == 0):
                 folder.save(model, run.policy, run.optimizer)
             if stopping:
-                raise RunError(f"stopped after step {step}; continue by the same command with "
-                               "--resume")
+                raise RunError(f"stopped after step {step}; to continue, add --resume to the "
+                               "command")
     folder.finish(model)
     if rank == 0:
         print_summary(folder, s)
@@ -660,9 +663,9 @@ def perception_loss(log_probs: Tensor, masked_log_probs: Tensor, response_mask: 
                     average: str = "tokens") -> tuple[Tensor, dict[str, Tensor]]:
     """PAPO (arXiv 2507.06448): -gamma * KL(pi || pi under a masked video) + eta * entropy.
 
-    masked_log_probs carry no gradient, as in the authors' code. For that reason their second
-    entropy term, on the masked video, changes no parameter and is left out. The entropy, too, is
-    theirs: the mean of -log pi over the sampled tokens.
+    masked_log_probs carry no gradient, and entropy is the mean of -log pi over the sampled tokens,
+    as in the authors' code. Their second entropy term, on the masked video, changes no parameter
+    then and is left out.
     log_probs, masked_log_probs (G, R), response_mask bool (G, R) -> (scalar, {perception_kl})
     """
     kl = kl_estimate(masked_log_probs.detach() - log_probs).clamp(max=10)   # as in their code
@@ -681,7 +684,7 @@ def add_baseline_log_probs(run: Run, group: Group) -> None:
     if run.settings.masked_video:
         masked = rollout.encoded
         if group.loss_scale:    # a dummy has no video
-            # Blackens a random share of the patches, which stand in the order of the grids.
+            # Blackens a random share of the patches (the video's come first, then the image's).
             patches = data.mask_patches(prompt.patches, prompt.video_grids + prompt.image_grids,
                                         random_numbers(run.settings.seed, MASK, group.position))
             masked, = model_utils.encode_prompts(run.model, [replace(prompt, patches=patches)])
@@ -701,7 +704,7 @@ def set_up(s: Settings, model, tokenizer, reward: Callable = data.task_reward,
     if s.gradient_checkpointing:
         model_utils.recompute_activations(policy.language_model)
     policy = model_utils.shard(policy, model.device, s.cpu_offload)
-    # On a GPU, AdamW that is not fused would copy the second moments at every step.
+    # On a GPU, unfused AdamW would copy the second moments at every step.
     fused = model.device.type == "cuda" and not s.cpu_offload
     optimizer = torch.optim.AdamW(policy.parameters(), lr=s.learning_rate, betas=(0.9, s.beta2),
                                   weight_decay=0.0, fused=fused)
@@ -716,8 +719,8 @@ def plan_passes(run: Run, groups: list[Group]) -> tuple[list[Group], int, bool]:
     gradient: it counts in the mean over groups, but is not computed.
 
     A pass through a sharded model is a collective call, so every process must make the same number:
-    one with fewer groups adds dummies, whose gradients are 0. If no group is active, one dummy
-    still gives gradients of 0: AdamW takes its step by momentum, as if all groups were computed.
+    one with fewer groups adds dummies, whose gradients are 0. If no group is active anywhere, one
+    dummy gives gradients of 0, so that AdamW still takes its momentum step.
     """
     s = run.settings
     active = [g for g in groups if s.kl_coef or s.masked_video or g.advantages.any()]
@@ -911,7 +914,7 @@ def make_built_in_model(s: Settings) -> None:
     _, tokenizer = model_utils.tiny_model(texts)
     prompts = {}
     for n in range(128):
-        rng = random_numbers(s.seed, HELD_OUT, n)
+        rng = random_numbers(s.seed, HELD_OUT, n)       # `measure` samples by the same numbers
         prompts[n], _ = data.toy_prompt(rng, tokenizer, true_frame=n % 8)
 
     def measure(model) -> tuple[float, float]:

@@ -298,31 +298,23 @@ def read_sample(record: Record, benchmark: str | None) -> Sample | None:
     raise DataError(f"record {record.id}: no known format; those have one of the fields {marks}")
 
 
-def file_records(path: Path) -> Iterator[dict]:
-    """The records of a .json, .jsonl or .csv file."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        if path.suffix == ".csv":
-            yield from csv.DictReader(file)
-        elif path.suffix != ".json":
-            yield from map(json.loads, filter(str.strip, file))
-        else:
-            content = json.load(file)
-            if not isinstance(content, dict):
-                yield from content
-                return
-            # Perception Test: {video: {"mc_question": [record, ...]}, ...}
-            for name, video in content.items():
-                for question in video["mc_question"]:
-                    yield {"video_name": name, **question}
-
-
 def read_records(path: Path) -> Iterator[dict]:
-    """`file_records` that raises DataError."""
+    """The records of a .json, .jsonl or .csv file. Raises DataError."""
     number = 0
     try:
-        for fields in file_records(path):
-            yield {**fields}  # a TypeError unless it is a record
-            number += 1
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            if path.suffix == ".csv":
+                records = csv.DictReader(file)
+            elif path.suffix == ".json":
+                records = json.load(file)
+            else:
+                records = map(json.loads, filter(str.strip, file))
+            if isinstance(records, dict):  # Perception Test: {video: {"mc_question": [..]}, ...}
+                records = ({"video_name": name, **question} for name, video in records.items()
+                           for question in video["mc_question"])
+            for fields in records:
+                yield {**fields}  # a TypeError unless it is a record
+                number += 1
     except Exception as error:  # of the file system, the encoding, JSON, CSV or the structure
         cause = " ".join(str(error).split())[:200]
         raise DataError(f"{path}: cannot be read from record {number} on ({cause}); give a list of "
@@ -335,7 +327,7 @@ class FileFinder:
 
     def __init__(self, root):
         self.root = root and str(Path(root))
-        self.found_by_name: dict[str, str] = {}  # path as annotated -> place
+        self.found_by_name = {}  # path as annotated -> place
 
     @cached_property
     def path_of_name(self) -> dict[str, str | None]:
@@ -395,14 +387,14 @@ def load_samples(path, video_root=None, benchmark: str | None = None) -> list[Sa
     """
     if video_root is not None and not os.path.isdir(video_root):
         raise DataError(f"{video_root}: no such folder; give the folder of the videos")
-    names = list(dict.fromkeys(name.strip() for name in str(path).split(",")))
+    files = dict.fromkeys(Path(name.strip()) for name in str(path).split(","))
     finder = FileFinder(video_root)
     samples = []
     left_out = Counter()
     gc.disable()  # it would go through all the samples again and again, a quarter of the time
     try:
-        for file in map(Path, names):
-            name = file.name if len(names) == 1 else str(file)  # ids stay unique
+        for file in files:
+            name = file.name if len(files) == 1 else str(file)  # ids stay unique
             folder = str(file.parent)
             for number, fields in enumerate(read_records(file)):
                 sample = read_sample(Record(f"{name}:{number}", file.stem, fields), benchmark)
@@ -450,8 +442,10 @@ def frame_indices(count: int, rate: float, fps: float, max_frames: int,
     n = the largest even number not above min(max(D * fps, 4), max_frames, count), at least 2, as
     in Qwen's own utility: 22 s at fps 1 and max_frames 16 -> 16 sampled frames, 8 visual frames of
     2 * 22 / 16 = 2.75 s. bounds: (start, end) in seconds narrow the video first. Raises ValueError
-    if they lie outside.
+    if they lie outside, and for a video without frames or a usable rate.
     """
+    if not (count > 0 and 0 < rate < math.inf):
+        raise ValueError(f"{count} frames at {rate} per second")
     first, last = 0, count - 1
     if bounds is not None:
         first = max(0, round(bounds[0] * rate))
@@ -477,10 +471,9 @@ def read_picture(path: str) -> Tensor:
 
 def pictures_in(folder: str) -> list[str]:
     endings = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-    names = [name for name in os.listdir(folder)
+    paths = [os.path.join(folder, name) for name in os.listdir(folder)
              if name.lower().endswith(endings) and not name.startswith(".")]
-    names.sort(key=lambda name: (len(name), name))  # 9.png comes before 10.png
-    return [os.path.join(folder, name) for name in names]
+    return sorted(paths, key=lambda path: (len(path), path))  # 9.png comes before 10.png
 
 
 def decoded_frames(video: decord.VideoReader, indices: list[int],
@@ -505,20 +498,15 @@ def sample_frames(path: str, fps: float, max_frames: int,
     The frames are decoded one by one, so that only one full-size frame need be in memory. Raises
     ValueError, and what decord, Pillow and torch raise.
     """
-    is_folder = os.path.isdir(path)
-    if is_folder:
+    if os.path.isdir(path):
         pictures = pictures_in(path)
-        count, rate = len(pictures), 3.0
-    elif path.lower().endswith((".ts", ".mts", ".m2ts")):
-        raise ValueError("decord reads wrong frames of MPEG-TS; convert it to mp4")
-    else:
-        video = decord.VideoReader(path, num_threads=1)
-        count, rate = len(video), video.get_avg_fps()
-    if not (count > 0 and 0 < rate < math.inf):
-        raise ValueError(f"{count} frames at {rate} per second")
-    indices, duration = frame_indices(count, rate, fps, max_frames, bounds)
-    if is_folder:
+        indices, duration = frame_indices(len(pictures), 3.0, fps, max_frames, bounds)
         return (read_picture(pictures[index]) for index in indices), duration
+    if path.lower().endswith((".ts", ".mts", ".m2ts")):
+        raise ValueError("decord reads wrong frames of MPEG-TS; convert it to mp4")
+    video = decord.VideoReader(path, num_threads=1)
+    rate = video.get_avg_fps()
+    indices, duration = frame_indices(len(video), rate, fps, max_frames, bounds)
     # Other formats may lack the times by which decord seeks: it would go to a wrong place.
     seekable = path.lower().endswith((".mp4", ".m4v", ".mov", ".mkv", ".webm"))
     return decoded_frames(video, indices, seekable), duration
@@ -564,18 +552,24 @@ def resized_size(height: int, width: int, min_pixels: int, max_pixels: int) -> t
     return int(rounded[0]), int(rounded[1])
 
 
-def resize_frames(frames: Tensor, min_pixels: int, max_pixels: int) -> Tensor:
-    """uint8 (T, 3, H, W) -> uint8 (T, 3, H', W') of `resized_size`."""
-    size = resized_size(*frames.shape[-2:], min_pixels, max_pixels)
-    # On uint8, as Qwen's processor: on floats it would differ by up to 0.15 in the patches.
-    return F.interpolate(frames, size=size, mode="bicubic", antialias=True)
+def frames_to_patches(frames: Iterable[Tensor], min_pixels: int,
+                      max_pixels: int) -> tuple[Tensor, Grid]:
+    """Frames as the vision tower of Qwen2.5-VL takes them.
 
-
-def patchify(frames: Tensor) -> tuple[Tensor, Grid]:
-    """uint8 (T, 3, 14h, 14w), h and w even -> (patches float32 (t*h*w, 1176), (t, h, w))."""
-    if len(frames) % 2:
-        frames = torch.cat([frames, frames[-1:]])  # a visual frame is two sampled frames
-    x = (frames.float() / 255 - MEAN_OF_CHANNEL) / STD_OF_CHANNEL
+    frames: uint8 (T, 3, H, W), RGB, or an iterable of T frames, so that only one full-size frame
+    need be in memory; an odd T repeats the last frame. min_pixels, max_pixels: limits of ONE
+    frame's area -> (patches float32 (t*h*w, 1176), (t, h, w)) with t = ceil(T / 2), h and w in
+    patches of 14 pixels: 16 frames of 224 x 224 -> (2048, 1176), (8, 16, 16), 512 tokens. Raises
+    ValueError if one side is over 200 times the other.
+    """
+    resized = []
+    for frame in frames:
+        size = resized_size(*frame.shape[1:], min_pixels, max_pixels)
+        # On uint8, as Qwen's processor: on floats it would differ by up to 0.15 in the patches.
+        resized.append(F.interpolate(frame[None], size=size, mode="bicubic", antialias=True))
+    if len(resized) % 2:
+        resized.append(resized[-1])  # a visual frame is two sampled frames
+    x = (torch.cat(resized).float() / 255 - MEAN_OF_CHANNEL) / STD_OF_CHANNEL  # (2t, 3, 14h, 14w)
     t, h, w = len(x) // 2, x.shape[2] // PATCH, x.shape[3] // PATCH
     x = x.reshape(t, 2, 3, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH)
     # The 4 patches of a visual token come together: (t, h/2, w/2, 2, 2, 3, 2 frames, 14, 14).
@@ -584,25 +578,14 @@ def patchify(frames: Tensor) -> tuple[Tensor, Grid]:
 
 
 def patches_to_frames(patches: Tensor, grid: Grid) -> Tensor:
-    """The inverse of `patchify`: (t*h*w, 1176), (t, h, w) -> uint8 (2t, 3, 14h, 14w)."""
+    """The inverse of `frames_to_patches`, apart from resizing: (t*h*w, 1176), (t, h, w) -> uint8
+    (2t, 3, 14h, 14w)."""
     t, h, w = grid
     x = patches.reshape(t, h // MERGE, w // MERGE, MERGE, MERGE, 3, 2, PATCH, PATCH)
     x = x.permute(0, 6, 5, 1, 3, 7, 2, 4, 8)  # (t, 2 frames, 3, h/2, 2, 14, w/2, 2, 14)
     x = x.reshape(2 * t, 3, h * PATCH, w * PATCH)
     x = (x * STD_OF_CHANNEL + MEAN_OF_CHANNEL) * 255
     return x.round().clamp(0, 255).to(torch.uint8)
-
-
-def frames_to_patches(frames: Tensor, min_pixels: int,
-                      max_pixels: int) -> tuple[Tensor, Grid]:
-    """Frames as the vision tower of Qwen2.5-VL takes them.
-
-    frames: uint8 (T, 3, H, W), RGB; an odd T repeats the last frame. min_pixels, max_pixels:
-    limits of ONE frame's area -> (patches float32 (t*h*w, 1176), (t, h, w)) with t = ceil(T / 2),
-    h and w in patches of 14 pixels: 16 frames of 224 x 224 -> (2048, 1176), (8, 16, 16), 512
-    tokens. Raises ValueError if one side is over 200 times the other.
-    """
-    return patchify(resize_frames(frames, min_pixels, max_pixels))
 
 
 def mask_patches(patches: Tensor, grids: list[Grid],
@@ -612,8 +595,8 @@ def mask_patches(patches: Tensor, grids: list[Grid],
     patches: (sum of t*h*w, 1176) of the grids (t, h, w), one after the other. The same positions
     are black in all frames of a video: with (2, 2, 2), patches 1 and 5 share their fate.
     """
-    black = (-MEAN_OF_CHANNEL / STD_OF_CHANNEL).flatten()  # pixel value 0
-    black = black.repeat_interleave(2 * PATCH * PATCH)  # (1176,)
+    black = -MEAN_OF_CHANNEL / STD_OF_CHANNEL  # pixel value 0
+    black = black.expand(3, 2 * PATCH, PATCH).flatten()  # (1176,)
     blackened = [torch.from_numpy(rng.random(h * w) < 0.6).repeat(t) for t, h, w in grids]
     return torch.where(torch.cat(blackened)[:, None], black, patches)
 
@@ -640,16 +623,12 @@ def read_visual(sample: Sample, *, fps: float, max_frames: int, min_pixels: int,
     try:
         if path is not None:
             frames, duration = sample_frames(path, fps, max_frames, sample.bounds)
-            frames = torch.cat([resize_frames(frame[None], min_pixels, max_pixels)
-                                for frame in frames])  # (n, 3, H', W')
-            visual.patches, grid = patchify(frames)
-            visual.video_grids = [grid]
-            visual.seconds_per_grid = [2 * duration / len(frames)]
-            visual.duration = duration
-            visual.sampled_frames = len(frames)
+            patches, grid = frames_to_patches(frames, min_pixels, max_pixels)
+            t = grid[0]
+            visual = Visual(patches, [grid], [], [duration / t], duration, 2 * t)
         path = sample.image
         if path is not None:
-            patches, grid = frames_to_patches(read_picture(path)[None], min_pixels, max_pixels)
+            patches, grid = frames_to_patches([read_picture(path)], min_pixels, max_pixels)
             visual.patches = torch.cat([visual.patches, patches])
             visual.image_grids = [grid]
     except Exception as error:  # damaged files raise some twenty kinds in decord, Pillow and torch
@@ -703,7 +682,7 @@ class VideoReader:
         stopping = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
         self._threads = ThreadPoolExecutor(processes, "decode", signal.pthread_sigmask,
                                            (signal.SIG_BLOCK, stopping))
-        self._decoders: dict[int, subprocess.Popen] = {}  # by thread
+        self._decoders = {}  # thread -> its process
         self._closed = False
 
     def submit(self, sample: Sample) -> Future:
@@ -790,11 +769,11 @@ def prompt_text(sample: Sample, visual: Visual | None) -> str:
 def build_prompt(sample: Sample, visual: Visual, tokenizer) -> Prompt:
     """The tokens of the chat. A grid (t, h, w) takes t * h * w / 4 of them: (2, 4, 4) takes 8, with
     frame_of_token 0 0 0 0 1 1 1 1."""
-    media = ["video"] * len(visual.video_grids) + ["image"] * len(visual.image_grids)
     text = ""
-    for medium, (t, h, w) in zip(media, visual.video_grids + visual.image_grids):
-        pads = f"<|{medium}_pad|>" * (t * h * w // MERGE ** 2)
-        text += f"<|vision_start|>{pads}<|vision_end|>"
+    for medium, grids in (("video", visual.video_grids), ("image", visual.image_grids)):
+        for grid in grids:
+            pads = f"<|{medium}_pad|>" * (math.prod(grid) // MERGE ** 2)
+            text += f"<|vision_start|>{pads}<|vision_end|>"
     # "<|im_end|>" in a question must stay words, not end the turn: control tokens start with "<|".
     text += prompt_text(sample, visual).replace("<|", "< |")
     messages = [{"role": "user", "content": [{"type": "text", "text": text}]}]
@@ -815,8 +794,8 @@ def build_prompt(sample: Sample, visual: Visual, tokenizer) -> Prompt:
 
 def in_batches(by_position: dict, size: int) -> list[dict]:
     """A dictionary in parts of `size` entries, the last one perhaps smaller."""
-    items = list(by_position.items())
-    return [dict(items[start:start + size]) for start in range(0, len(items), size)]
+    items = iter(by_position.items())
+    return [dict(islice(items, size)) for _ in range(0, len(by_position), size)]
 
 
 def decode_ahead(reader: VideoReader, batches: Iterable[dict[int, Sample]]) -> Iterator[list]:
@@ -948,8 +927,10 @@ def parse_spans(text: str) -> list[Span]:
     spans = []
     for piece in re.split(r"[,;\n]|\band\b", text.lower()):
         match = SPAN.fullmatch(" ".join(piece.split()).lstrip(" [({").rstrip(" ])}."))
-        if match and float(match[1]) < float(match[2]):
-            spans.append((float(match[1]), float(match[2])))
+        if match:
+            start, end = float(match[1]), float(match[2])
+            if start < end:
+                spans.append((start, end))
     return spans
 
 
@@ -979,26 +960,23 @@ def temporal_iou(pred_spans, label_spans, duration: float) -> tuple[float, float
     return both / either, both / pred
 
 
-def grounding_scores(response: str, sample: Sample) -> tuple[float, float]:
-    """(IoU, IoP) of the spans in the only <time> element with the labelled ones."""
-    spans = parse_spans(element_text(response, "time") or "")
-    return temporal_iou(spans, sample.spans, sample.duration)
-
-
-def temporal_iou_reward(response: str, sample: Sample) -> float:
-    """IoU of the spans in the only <time> element with the labelled ones; 0.0 without spans."""
-    return grounding_scores(response, sample)[0]
-
-
 def score_response(response: str, sample: Sample) -> dict[str, float]:
-    """accuracy (numbers: mean relative accuracy) and format. Grounding: also iou, iop and acc_gqa,
-    which is 1 for a correct answer with an IoP of at least 0.5."""
+    """accuracy (numbers: mean relative accuracy) and format. Grounding: also iou and iop of the
+    spans in the only <time> element with the labelled ones, and acc_gqa, which is 1 for a correct
+    answer with an IoP of at least 0.5."""
     accuracy = accuracy_reward(response, sample)
     scores = {"accuracy": accuracy, "format": format_reward(response, sample)}
     if sample.kind == "grounding":
-        iou, iop = grounding_scores(response, sample)
+        spans = parse_spans(element_text(response, "time") or "")
+        iou, iop = temporal_iou(spans, sample.spans, sample.duration)
         scores |= {"iou": iou, "iop": iop, "acc_gqa": float(accuracy == 1 and iop > 0.5 - 1e-9)}
     return scores
+
+
+def temporal_iou_reward(response: str, sample: Sample) -> float:
+    """IoU of the spans in the only <time> element with the labelled ones; 0.0 without spans, and
+    for questions without grounding."""
+    return score_response(response, sample).get("iou", 0.0)
 
 
 def task_reward(response: str, sample: Sample) -> tuple[float, float, float]:
@@ -1012,18 +990,23 @@ def task_reward(response: str, sample: Sample) -> tuple[float, float, float]:
 
 # ------------------------------------------------------------------------------ the built-in task
 
-OUTLINES = {  # x to the right, y down, from -1 to 1 over a quarter of the picture
-    # five points: the radius falls and rises with the angle
-    "star": lambda x, y: np.hypot(x, y) < 0.4 + 0.6 * (
-        1 - 2 * np.abs((np.arctan2(x, -y) * 2.5 / np.pi + 0.5) % 1 - 0.5)) ** 2,
-    "circle": lambda x, y: np.hypot(x, y) < 0.7,
-    "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) < 0.9,
-    "triangle": lambda x, y: (np.abs(x) < (y + 0.95) / 2) & (y < 0.9),
-    "cross": lambda x, y: np.minimum(np.abs(x), np.abs(y)) < 0.25,
-    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.75) < 0.2,
-    "moon": lambda x, y: (np.hypot(x, y) < 0.95) & (np.hypot(x - 0.5, y) > 0.7),
-    "hourglass": lambda x, y: (np.abs(x) < np.abs(y)) & (np.abs(y) < 0.9),
-}
+def outlines() -> dict[str, np.ndarray]:
+    """bool (28, 28): what each shape fills of its quarter of the picture."""
+    y, x = np.mgrid[:28, :28] / 13.5 - 1  # y down, x to the right, from -1 to 1
+    radius = np.hypot(x, y)
+    # A star has five points: its radius falls and rises within each fifth of the circle.
+    fifth = (np.arctan2(x, -y) * 2.5 / np.pi + 0.5) % 1  # from 0 to 1
+    return {"star": radius < 0.4 + 0.6 * (1 - 2 * abs(fifth - 0.5)) ** 2,
+            "circle": radius < 0.7,
+            "square": np.maximum(abs(x), abs(y)) < 0.9,
+            "triangle": (abs(x) < (y + 0.95) / 2) & (y < 0.9),
+            "cross": np.minimum(abs(x), abs(y)) < 0.25,
+            "ring": abs(radius - 0.75) < 0.2,
+            "moon": (radius < 0.95) & (np.hypot(x - 0.5, y) > 0.7),
+            "hourglass": (abs(x) < abs(y)) & (abs(y) < 0.9)}
+
+
+OUTLINES = outlines()
 RGB = {"red": (220, 50, 50), "green": (50, 190, 70), "blue": (60, 90, 230),
        "yellow": (230, 210, 60)}
 TOY_SHAPES, TOY_COLOURS = tuple(OUTLINES), tuple(RGB)
@@ -1044,28 +1027,22 @@ TOY_PIXELS = 56 * 56
 Plan = list[tuple[str, str, int]]  # (shape, colour, cell) of each visual frame
 
 
-def toy_plan(rng: np.random.Generator) -> Plan:
-    """(shape, colour, cell) that each of 8 visual frames shows: each shape once, and each colour
-    twice, so that no colour is the better guess."""
-    shapes, colours = rng.permutation(8), rng.permutation(8) % 4
-    cells = rng.integers(4, size=8).tolist()
-    return [(TOY_SHAPES[s], TOY_COLOURS[c], cell) for s, c, cell in zip(shapes, colours, cells)]
-
-
 def toy_video(rng: np.random.Generator) -> tuple[Tensor, Plan]:
-    """One built-in video: (sampled frames uint8 (16, 3, 56, 56), its `toy_plan`).
+    """One built-in video: (sampled frames uint8 (16, 3, 56, 56), its plan).
 
-    Entry f of the plan is visual frame f: sampled frames 2f and 2f + 1, equal but for noise with a
-    standard deviation of 20 grey levels. It shows one shape, in cell c at row c // 2, column
-    c % 2, which is visual token 4 * f + c of the video.
+    Each shape is shown once, and each colour twice, so that no colour is the better guess. Entry f
+    of the plan is visual frame f: sampled frames 2f and 2f + 1, equal but for noise with a standard
+    deviation of 20 grey levels. It shows one shape, in cell c at row c // 2, column c % 2, which is
+    visual token 4 * f + c of the video.
     """
-    plan = toy_plan(rng)
-    frames = np.full((8, 1, 56, 56, 3), 60.0)
-    y, x = np.mgrid[:28, :28] / 13.5 - 1
-    for frame, (shape, colour, cell) in enumerate(plan):
-        top, left = 28 * (cell // 2), 28 * (cell % 2)
-        frames[frame, 0, top:top + 28, left:left + 28][OUTLINES[shape](x, y)] = RGB[colour]
-    frames = frames + 20 * rng.standard_normal((8, 2, 56, 56, 3))
+    shapes = rng.permutation(TOY_SHAPES).tolist()
+    colours = rng.permutation(TOY_COLOURS * 2).tolist()
+    cells = rng.integers(4, size=8).tolist()
+    plan = list(zip(shapes, colours, cells))
+    pictures = np.full((8, 2, 28, 2, 28, 3), 60.0)  # (frame, row, y, column, x, RGB)
+    for picture, (shape, colour, cell) in zip(pictures, plan):
+        picture[cell // 2, :, cell % 2][OUTLINES[shape]] = RGB[colour]
+    frames = pictures.reshape(8, 1, 56, 56, 3) + 20 * rng.standard_normal((8, 2, 56, 56, 3))
     frames = frames.reshape(16, 56, 56, 3).round().clip(0, 255).astype(np.uint8)
     return torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous(), plan
 
@@ -1127,12 +1104,12 @@ def make_toy_data(folder, videos: tuple[int, int] = (128, 32)) -> None:
     for split, (name, count) in enumerate(zip(("train", "test"), videos)):
         records = []
         for number in range(count):
-            key = [0, split, number]
+            frames, plan = toy_video(np.random.default_rng([0, split, number]))
             path = f"videos/{name}_0_{number:05d}.y4m"
             if not (folder / path).exists():
-                write_y4m(folder / path, toy_video(np.random.default_rng(key))[0], 1)
-            plan = toy_plan(np.random.default_rng(key))  # as in toy_video
-            for frame in np.random.default_rng([*key, 1]).permutation(8)[:4].tolist():
+                write_y4m(folder / path, frames, 1)
+            rng = np.random.default_rng([0, split, number, 1])
+            for frame in rng.permutation(8)[:4].tolist():
                 shape, colour, _ = plan[frame]
                 sample = toy_sample(shape, colour)
                 records.append(dict(
@@ -1170,35 +1147,25 @@ def toy_prompt(rng: np.random.Generator, tokenizer,
     return build_prompt(toy_sample(shape, colour, true_frame), visual, tokenizer), plan
 
 
-def toy_lessons(tokenizer, count: int, seed: int, *wordings: dict) -> list[list[Lesson]]:
-    """For each wording (see `toy_response`) lessons about the same `count` videos, which are in
-    neither train.json nor test.json."""
-    lessons = [[] for _ in wordings]
-    for number in range(count):
-        rng = np.random.default_rng([seed, 2, number])
-        visual, plan = toy_visual(rng)
-        token_words = torch.full((8, 4, 2), tokenizer.pad_token_id)  # (frame, cell, 2)
-        questions = []
-        for frame, (shape, colour, cell) in enumerate(plan):
-            words = tokenizer.convert_tokens_to_ids([shape, colour])
-            token_words[frame, cell] = torch.tensor(words)
-            prompt = build_prompt(toy_sample(shape, colour), visual, tokenizer)
-            shared = int((prompt.frame_of_token >= 0).nonzero().max()) + 2  # through the end mark
-            questions.append(prompt.input_ids[shared:].tolist())
-        prompt = replace(prompt, input_ids=prompt.input_ids[:shared],
-                         frame_of_token=prompt.frame_of_token[:shared])
-        for of_wording, wording in zip(lessons, wordings):
-            rows, response_rng = [], copy.deepcopy(rng)
-            for (shape, colour, _), question in zip(plan, questions):
-                response = tokenizer(toy_response(shape, colour, response_rng, **wording))
-                rows.append([*question, *response["input_ids"], tokenizer.eos_token_id])
-            row_ids = torch.tensor(rows)  # (8, R): all are equally long
-            row_mask = torch.ones_like(row_ids, dtype=torch.bool)
-            target_mask = row_mask.clone()
-            target_mask[:, :len(question)] = False
-            of_wording.append(Lesson(prompt, token_words.flatten(0, 1), row_ids, row_mask,
-                                     target_mask))
-    return lessons
+def toy_lesson(visual: Visual, plan: Plan, rng: np.random.Generator, tokenizer,
+               **wording) -> Lesson:
+    """A lesson about a built-in video. rng and wording: see `toy_response`."""
+    token_words = torch.full((8, 4, 2), tokenizer.pad_token_id)  # (frame, cell, 2)
+    rows = []
+    for frame, (shape, colour, cell) in enumerate(plan):
+        words = tokenizer.convert_tokens_to_ids([shape, colour])
+        token_words[frame, cell] = torch.tensor(words)
+        prompt = build_prompt(toy_sample(shape, colour), visual, tokenizer)
+        response = tokenizer(toy_response(shape, colour, rng, **wording))["input_ids"]
+        rows.append([*prompt.input_ids.tolist(), *response, tokenizer.eos_token_id])
+    shared = int((prompt.frame_of_token >= 0).nonzero().max()) + 2  # through the end mark
+    row_ids = torch.tensor(rows)[:, shared:]  # (8, R): all are equally long
+    target_mask = torch.ones_like(row_ids, dtype=torch.bool)
+    target_mask[:, :len(prompt.input_ids) - shared] = False
+    prompt = replace(prompt, input_ids=prompt.input_ids[:shared],
+                     frame_of_token=prompt.frame_of_token[:shared])
+    return Lesson(prompt, token_words.flatten(0, 1), row_ids,
+                  torch.ones_like(target_mask), target_mask)
 
 
 @dataclass
@@ -1213,13 +1180,22 @@ class Stage:
 def toy_stages(tokenizer, seed: int) -> list[Stage]:
     """The model learns to look and to answer; to talk before it answers; and, from lessons that are
     mostly incorrect, to doubt what it sees, so that reinforcement learning has something to teach.
-    All stages are about the same videos.
+    All stages are about the same videos, which are in neither train.json nor test.json.
     """
-    plain, talking, doubting = toy_lessons(tokenizer, 256, seed, dict(filler=False), {},
-                                           dict(correct=0.4))
-    return [Stage(plain, 3e-3, 40, lambda accuracy, top1: accuracy >= 0.5 and top1 >= 0.3),
-            Stage(talking, 2e-3, 20, lambda accuracy, top1: accuracy >= 0.85 and top1 >= 0.45),
-            Stage(doubting[:128], 4e-4, 5, lambda accuracy, top1: accuracy <= 0.43)]
+    videos = []
+    for number in range(256):
+        rng = np.random.default_rng([seed, 2, number])
+        videos.append((*toy_visual(rng), rng))
+
+    def lessons(count: int, **wording) -> list[Lesson]:
+        return [toy_lesson(visual, plan, copy.deepcopy(rng), tokenizer, **wording)
+                for visual, plan, rng in videos[:count]]
+
+    return [Stage(lessons(256, filler=False), 3e-3, 40,
+                  lambda accuracy, top1: accuracy >= 0.5 and top1 >= 0.3),
+            Stage(lessons(256), 2e-3, 20,
+                  lambda accuracy, top1: accuracy >= 0.85 and top1 >= 0.45),
+            Stage(lessons(128, correct=0.4), 4e-4, 5, lambda accuracy, top1: accuracy <= 0.43)]
 
 
 if __name__ == "__main__":  # started by VideoReader

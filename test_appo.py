@@ -1738,7 +1738,8 @@ def test_toy_responses_are_correct_and_use_the_vocabulary():
 
 def test_toy_lessons_teach_the_responses_and_the_tokens():
     tokenizer = WordTokenizer()
-    (lesson, other), = data.toy_lessons(tokenizer, 2, 3, {})
+    generators = [np.random.default_rng([3, 2, number]) for number in range(2)]
+    lesson, other = [data.toy_lesson(*data.toy_visual(rng), rng, tokenizer) for rng in generators]
     words = list(tokenizer.ids)             # in the order of their numbers
     assert not torch.equal(lesson.prompt.patches, other.prompt.patches)
     _, plan = data.toy_video(np.random.default_rng([3, 2, 0]))
@@ -2118,7 +2119,7 @@ def test_score_continues_where_it_stopped(toy, tmp_path, capsys):
     annotation.write_text(json.dumps(records[:5]))
     assert "other questions" in refusal(capsys, command)
     (a / "summary.json").unlink()                   # nothing tells what the responses are to
-    assert "holds responses" in refusal(capsys, command)
+    assert "cannot be continued" in refusal(capsys, command)
     b.mkdir()
     reversed_lines = [json.dumps(record | {"accuracy": 0.5}) + "\n" for record in whole[::-1]]
     (b / "responses.jsonl").write_text("".join(reversed_lines))
@@ -2145,7 +2146,7 @@ def test_commands_refuse_in_one_line(toy, tmp_path, capsys, monkeypatch):
     table = f"""
          -> required
         nothing -> invalid choice
-        score {questions} --model none -> no such folder
+        score {questions} --model none -> no usable model
         score {questions} --colour red -> --colour
         score {questions} --max_frames 0 -> --max_frames
         score {questions} --data none.json -> cannot be read
@@ -2308,6 +2309,10 @@ def test_throughput_command(toy, tmp_path, capsys):
             assert 0.1 < figures["GB"][0] < 1 < ballast.nbytes / 1e9
     for values in plain["step"], np.divide(ours["step"], plain["step"]):
         assert f"{np.median(values):.3f} ({min(values):.3f} to {max(values):.3f})" in text
+    for difference in 2.0, NAN:
+        plain["difference"][0] = difference
+        with pytest.raises(model_utils.RunError, match="more than rounding"):
+            evaluate.print_throughput("5 tokens", {"appo": ours, evaluate.PLAIN: plain})
 
 
 DECORD2 = os.environ.get("APPO_DECORD2")
