@@ -570,6 +570,30 @@ def test_the_constants_of_a_group(toy):
     assert not math.isfinite(appo.update(run, groups)[0])
 
 
+def test_the_loss_of_a_group(toy):
+    """Every term has its coefficient, and the objective is the mean over the groups."""
+    run, (metrics,), groups = learn(
+        toy, steps=1, learning_rate=0.0, updates_per_batch=1, average="responses", clip_low=0.1,
+        clip_high=0.3, kl_coef=0.3, gamma=0.2, eta=0.1)
+    torch.manual_seed(0)
+    for group in groups:
+        mask = group.rollout.response_mask
+        log_probs, _ = run.policy(group.rollout.encoded, group.rollout.response_ids, mask)
+        loss, _ = appo.group_loss(run, group, log_probs)
+        (loss / len(groups)).backward()
+        new = log_probs.detach() + 0.5 * torch.randn(mask.shape)
+        ratio = (new - group.old_log_probs).exp()
+        weighted = group.advantages[:, None] * group.token_weights
+        terms = -torch.minimum(ratio * weighted, ratio.clamp(0.9, 1.3) * weighted) - 0.1 * new
+        for other, weight in ((group.ref_log_probs, 0.3), (group.masked_log_probs, -0.2)):
+            terms += weight * ((other - new).exp() - (other - new) - 1).clamp(max=10)
+        expected = torch.stack([row[real].mean() for row, real in zip(terms, mask)]).mean()
+        assert_close(appo.group_loss(run, group, new)[0], expected)
+    norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), 1.0).full_tensor()
+    assert norm.item() == pytest.approx(metrics["grad_norm"], rel=1e-4)
+    assert run.optimizer.param_groups[0]["betas"] == (0.9, 0.95)
+
+
 @pytest.mark.parametrize("algorithm", list(appo.PRESETS))
 def test_every_algorithm_learns(toy, algorithm):
     """On the same four questions at every step."""
