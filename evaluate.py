@@ -396,8 +396,10 @@ def read_metrics(folder):
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
     """Mean over the last `window` steps, fewer at the start; of those that have the metric."""
-    ends = range(1, len(values) + 1)
-    return np.array([np.nanmean(values[max(end - window, 0):end]) for end in ends])
+    windows = [values[max(end - window, 0):end] for end in range(1, len(values) + 1)]
+    counts = np.array([np.isfinite(values).sum() for values in windows])
+    sums = np.array([np.nansum(values) for values in windows])
+    return sums / np.where(counts, counts, np.nan)
 
 
 def curves(runs: list, smooth: positive = 5, output="curves.png"):
