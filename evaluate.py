@@ -747,7 +747,7 @@ def study(rest, arms=ARMS, seeds: positive = 10, first_seed: int = 0,
                      for seed, number in np.ndindex(shape)]
     rounds = list(zip(*runs.values()))      # all arms of a model's first run, of its second, ...
     models = rounds[::rollout_seeds]
-    with ProcessPoolExecutor(processes, get_context("spawn"), start_worker) as pool:
+    with ProcessPoolExecutor(processes, get_context("forkserver"), start_worker) as pool:
         for make in (appo.make_built_in_data, appo.make_built_in_model):
             list(pool.map(make, [s for (s, _), *_ in models]))
         if snr:
@@ -1027,7 +1027,7 @@ def throughput(model=None, algorithms="dapo,appo", against_plain: bool = False,
     result = {"device": device, "torch": torch.__version__}
     print(f"{result}; the plain way's rollout includes embed, and it has no optimizer")
     # A process of its own for each measurement, so that the memory of one is not counted in others.
-    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(1, get_context("forkserver"), max_tasks_per_child=1) as pool:
         for length in new_tokens:
             settings = {}
             for name in names:
