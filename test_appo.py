@@ -1110,7 +1110,7 @@ def test_forms_of_files(tmp_path):
 def test_paths_are_looked_up_as_written_then_by_tail_then_by_name(tmp_path, caplog):
     root = tmp_path / "root"
     touch(root, "d/set/v.avi", "set/v.avi", "deep/er/only.avi", "1/twin.avi", "2/twin.avi", "v.avi",
-          "clevrer/video_validation/w.mp4")
+          "clevrer/video_validation/w.mp4", "w.mp4")
     touch(tmp_path, "outside.avi", "elsewhere/linked.avi")
     for name, target in (("broken.avi", "gone.avi"), ("link.avi", "v.avi"),
                          ("folder", "../elsewhere"), ("above", ".")):
