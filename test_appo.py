@@ -1563,6 +1563,7 @@ def test_answers(case, reward):
     for answer in answers.split("|"):
         response = f"<think>x</think><answer>{answer}</answer>"
         assert data.accuracy_reward(response, globals()[sample]) == reward, answer
+    assert data.match_choice("red", ["Red.", "red"]) is None        # which of the two?
 
 
 @pytest.mark.parametrize("response, scores", rows("""
