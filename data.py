@@ -1027,18 +1027,23 @@ TOY_PIXELS = 56 * 56
 Plan = list[tuple[str, str, int]]  # (shape, colour, cell) of each visual frame
 
 
-def toy_video(rng: np.random.Generator) -> tuple[Tensor, Plan]:
-    """One built-in video: (sampled frames uint8 (16, 3, 56, 56), its plan).
-
-    Each shape is shown once, and each colour twice, so that no colour is the better guess. Entry f
-    of the plan is visual frame f: sampled frames 2f and 2f + 1, equal but for noise with a standard
-    deviation of 20 grey levels. It shows one shape, in cell c at row c // 2, column c % 2, which is
-    visual token 4 * f + c of the video.
-    """
+def toy_plan(rng: np.random.Generator) -> Plan:
+    """What a video shows: each shape once, and each colour twice, so that no colour is the better
+    guess."""
     shapes = rng.permutation(TOY_SHAPES).tolist()
     colours = rng.permutation(TOY_COLOURS * 2).tolist()
     cells = rng.integers(4, size=8).tolist()
-    plan = list(zip(shapes, colours, cells))
+    return list(zip(shapes, colours, cells))
+
+
+def toy_video(rng: np.random.Generator) -> tuple[Tensor, Plan]:
+    """One built-in video: (sampled frames uint8 (16, 3, 56, 56), its `toy_plan`).
+
+    Entry f of the plan is visual frame f: sampled frames 2f and 2f + 1, equal but for noise with a
+    standard deviation of 20 grey levels. It shows one shape, in cell c at row c // 2, column c % 2,
+    which is visual token 4 * f + c of the video.
+    """
+    plan = toy_plan(rng)
     pictures = np.full((8, 2, 28, 2, 28, 3), 60.0)  # (frame, row, y, column, x, RGB)
     for picture, (shape, colour, cell) in zip(pictures, plan):
         picture[cell // 2, :, cell % 2][OUTLINES[shape]] = RGB[colour]
@@ -1104,12 +1109,12 @@ def make_toy_data(folder, videos: tuple[int, int] = (128, 32)) -> None:
     for split, (name, count) in enumerate(zip(("train", "test"), videos)):
         records = []
         for number in range(count):
-            frames, plan = toy_video(np.random.default_rng([0, split, number]))
+            key = [0, split, number]
             path = f"videos/{name}_0_{number:05d}.y4m"
             if not (folder / path).exists():
-                write_y4m(folder / path, frames, 1)
-            rng = np.random.default_rng([0, split, number, 1])
-            for frame in rng.permutation(8)[:4].tolist():
+                write_y4m(folder / path, toy_video(np.random.default_rng(key))[0], 1)
+            plan = toy_plan(np.random.default_rng(key))  # as in toy_video
+            for frame in np.random.default_rng([*key, 1]).permutation(8)[:4].tolist():
                 shape, colour, _ = plan[frame]
                 sample = toy_sample(shape, colour)
                 records.append(dict(
@@ -1147,15 +1152,15 @@ def toy_prompt(rng: np.random.Generator, tokenizer,
     return build_prompt(toy_sample(shape, colour, true_frame), visual, tokenizer), plan
 
 
-def toy_lesson(visual: Visual, plan: Plan, rng: np.random.Generator, tokenizer,
+def toy_lesson(prompts: list[Prompt], plan: Plan, rng: np.random.Generator, tokenizer,
                **wording) -> Lesson:
-    """A lesson about a built-in video. rng and wording: see `toy_response`."""
+    """A lesson about a built-in video. prompts: about its 8 visual frames; rng and wording: see
+    `toy_response`."""
     token_words = torch.full((8, 4, 2), tokenizer.pad_token_id)  # (frame, cell, 2)
     rows = []
-    for frame, (shape, colour, cell) in enumerate(plan):
+    for frame, (prompt, (shape, colour, cell)) in enumerate(zip(prompts, plan)):
         words = tokenizer.convert_tokens_to_ids([shape, colour])
         token_words[frame, cell] = torch.tensor(words)
-        prompt = build_prompt(toy_sample(shape, colour), visual, tokenizer)
         response = tokenizer(toy_response(shape, colour, rng, **wording))["input_ids"]
         rows.append([*prompt.input_ids.tolist(), *response, tokenizer.eos_token_id])
     shared = int((prompt.frame_of_token >= 0).nonzero().max()) + 2  # through the end mark
@@ -1185,11 +1190,14 @@ def toy_stages(tokenizer, seed: int) -> list[Stage]:
     videos = []
     for number in range(256):
         rng = np.random.default_rng([seed, 2, number])
-        videos.append((*toy_visual(rng), rng))
+        visual, plan = toy_visual(rng)
+        prompts = [build_prompt(toy_sample(shape, colour), visual, tokenizer)
+                   for shape, colour, _ in plan]
+        videos.append((prompts, plan, rng))
 
     def lessons(count: int, **wording) -> list[Lesson]:
-        return [toy_lesson(visual, plan, copy.deepcopy(rng), tokenizer, **wording)
-                for visual, plan, rng in videos[:count]]
+        return [toy_lesson(prompts, plan, copy.deepcopy(rng), tokenizer, **wording)
+                for prompts, plan, rng in videos[:count]]
 
     return [Stage(lessons(256, filler=False), 3e-3, 40,
                   lambda accuracy, top1: accuracy >= 0.5 and top1 >= 0.3),

@@ -1763,8 +1763,15 @@ def test_toy_responses_are_correct_and_use_the_vocabulary():
 
 def test_toy_lessons_teach_the_responses_and_the_tokens():
     tokenizer = WordTokenizer()
-    generators = [np.random.default_rng([3, 2, number]) for number in range(2)]
-    lesson, other = [data.toy_lesson(*data.toy_visual(rng), rng, tokenizer) for rng in generators]
+
+    def lesson_about(number):
+        rng = np.random.default_rng([3, 2, number])
+        visual, plan = data.toy_visual(rng)
+        prompts = [data.build_prompt(data.toy_sample(shape, colour), visual, tokenizer)
+                   for shape, colour, _ in plan]
+        return data.toy_lesson(prompts, plan, rng, tokenizer)
+
+    lesson, other = lesson_about(0), lesson_about(1)
     words = list(tokenizer.ids)             # in the order of their numbers
     assert not torch.equal(lesson.prompt.patches, other.prompt.patches)
     _, plan = data.toy_video(np.random.default_rng([3, 2, 0]))
