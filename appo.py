@@ -468,9 +468,11 @@ def score_group(run: Run, group: Group) -> None:
     reward, group.accuracy, group.format = scores.T
     group.reward = reward + overlong_penalty(mask.sum(1), s.max_new_tokens, s.overlong_buffer)
     group.advantages = group_advantages(group.reward)
-    crucial = crucial_frames(rollout.frame_attention, mask, group.accuracy, k1=s.k1, k2=s.k2,
-                             threshold=s.threshold, strategy=s.strategy)
-    group.crucial = crucial & (s.alpha > 0)     # none at alpha 0: the attention is not read, but 0
+    # None at alpha 0: the attention is not read then, but 0.
+    group.crucial = torch.zeros(rollout.encoded.num_frames, dtype=torch.bool, device=mask.device)
+    if s.alpha:
+        group.crucial = crucial_frames(rollout.frame_attention, mask, group.accuracy, k1=s.k1,
+                                       k2=s.k2, threshold=s.threshold, strategy=s.strategy)
 
 
 def collect_groups(run: Run, batches: Iterator[Batch]) -> tuple[list[Group], list[dict]]:
