@@ -299,6 +299,7 @@ def compare(first, second):
         raise RunError("the folders have no question in common; score the same --data")
     a, b = np.array([(of_first[key], of_second[key]) for key in common]).T
     print(f"accuracy (greedy): A {a.mean():.3f}, B {b.mean():.3f}")
+    # One by one: benchmarks are too large for `with_interval`, which holds all resamples.
     rng, differences = np.random.default_rng(0), b - a
     resampled = [rng.choice(differences, len(common)).mean() for _ in range(10_000)]
     low, high = np.percentile(resampled, [2.5, 97.5])
@@ -387,6 +388,11 @@ MAY_DIFFER = {"seed", "rollout_seed", "output", "resume", "toy_folder", "model",
               "eval_data"}
 
 
+def read_settings(folder):
+    with explained(f"{folder}: no run of appo.py; give run folders"):
+        return json.loads(Path(folder, "config.json").read_text())["settings"]
+
+
 def read_metrics(folder):
     """{metric: (steps,)} of a run folder; nan at steps without the metric."""
     with explained(f"{folder}: no run of appo.py; give run folders"):
@@ -416,8 +422,7 @@ def curves(runs: list, smooth: positive = 5, output="curves.png"):
     for folder in map(Path, runs):
         metrics = read_metrics(folder)
         if len(metrics["accuracy"]):                # runs/* also holds the built-in task
-            settings = json.loads((folder / "config.json").read_text())["settings"]
-            same = json.dumps(settings | dict.fromkeys(MAY_DIFFER), sort_keys=True)
+            same = json.dumps(read_settings(folder) | dict.fromkeys(MAY_DIFFER), sort_keys=True)
             key = re.sub(r"-\d+$", "", folder.name), same
             seeds[key].append(metrics)
     if not seeds:
@@ -672,8 +677,7 @@ def train_arm(s: appo.Settings, weigh) -> None:
     """Train an arm, unless it has finished."""
     folder = Path(s.output)
     if (folder / "checkpoint").exists():
-        settings = json.loads((folder / "config.json").read_text())["settings"]
-        if not vars(s).items() <= settings.items():
+        if not vars(s).items() <= read_settings(folder).items():
             raise RunError(f"{folder}: holds a run with other options; give another --output")
         return
     shutil.rmtree(folder, ignore_errors=True)                                  # stopped half-way
@@ -683,10 +687,10 @@ def train_arm(s: appo.Settings, weigh) -> None:
         raise RunError(f"{folder}: {error}") from None
 
 
-def run_figures(s: appo.Settings) -> dict[str, float]:
-    """What the study reports of a run. Accuracy is that of sampled responses."""
+def run_figures(s: appo.Settings, frames: dict[str, int | None]) -> dict[str, float]:
+    """What the study reports of a run. Accuracy is that of sampled responses. frames: those that
+    show the answers, by the samples' ids."""
     folder = Path(s.output)
-    frames = {sample.id: sample.crucial_frame for sample in data.load_samples(s.data)}
     figures = {"training": np.nanmean(read_metrics(folder)["accuracy"])}
     held_out = model_utils.read_log(folder / "held_out.jsonl") or [{}]
     for name in ("accuracy", "topk"):
@@ -755,9 +759,11 @@ def study(rest, arms=ARMS, seeds: positive = 10, first_seed: int = 0,
         jobs = sum(rounds, ())
         # after an error it starts no further arm
         list(tqdm(pool.map(train_arm, *zip(*jobs)), "runs", len(jobs)))
+    any_settings, _ = models[0][0]      # all runs are on the same data
+    frames = {sample.id: sample.crucial_frame for sample in data.load_samples(any_settings.data)}
     figures, drawn = {}, []
     for arm, of_arm in runs.items():
-        columns = [run_figures(s) for s, _ in of_arm]
+        columns = [run_figures(s, frames) for s, _ in of_arm]
         figures[arm] = {name: np.reshape([column[name] for column in columns], shape)
                         for name in columns[0]}
         if arm in FIGURE_ARMS:

@@ -1945,6 +1945,9 @@ def test_curves(tmp_path, monkeypatch):
     band = axes.collections[0].get_paths()[0].vertices[:, 1]
     for edge in (2 - 0.5 ** 0.5, 2 + 0.5 ** 0.5):       # the standard error of 1 and 3
         assert np.isclose(band, edge).any()
+    (folders[0] / "config.json").write_text("{}")
+    with pytest.raises(model_utils.RunError, match="no run of appo.py"):
+        evaluate.curves(folders, smooth=1)
 
 
 # ---- study
